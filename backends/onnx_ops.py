@@ -1,0 +1,185 @@
+"""How single ops become ONNX, where torch's own translation is missing or runs slowly.
+
+    int8_linear       x -> QuantizeLinear -> MatMulIntegerToFloat -> rescale     u8 x s8: the fast pair
+    quantized_linear  codes -> DequantizeLinear -> MatMul                        fuses to MatMulNBits
+    attention         Attention on [batch, seq, heads * head_dim]                no transposed copies
+
+Each function takes the arguments of its op, tensors as ONNX values, and is called while the model
+is translated. The names of `com.microsoft` are those of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import onnx_ir as ir
+import torch
+from onnx.defs import OpSchema
+from onnxscript import opset23 as op
+from onnxscript.values import Op, Opset
+
+from ..ir.ops import int8_linear as _int8
+from ..ir.ops import quantized_embedding as _embedding
+from ..ir.ops import quantized_linear as _weight_only
+
+STORED_AS: Final = "stored as"  # key in `Value.meta`: element type and shape behind raw bytes
+
+_CENTRE = 128  # unsigned code of zero; ONNX Runtime multiplies u8 x s8 six times faster than s8 x s8
+_TINY = 1e-37  # a row of zeros is divided by this instead of zero
+_MOST_FEATURES = 2**31 // (255 * _int8.WEIGHT_LIMIT)
+
+
+def int8_linear(
+    x: ir.Value, codes: ir.Value, scale: ir.Value, bias: ir.Value | None = None
+) -> ir.Value:
+    """Quantize each row of `x`, multiply integers, rescale."""
+    if int(codes.shape[0]) > _MOST_FEATURES:
+        raise NotImplementedError(f"sums over {codes.shape[0]} inputs overflow 32 bits")
+    dtype, x = x.dtype, _as_float(x)
+    last = _ints(-1)
+    peak = op.Max(op.ReduceMax(x, last, keepdims=1), op.Neg(op.ReduceMin(x, last, keepdims=1)))
+    step = op.Max(op.Div(peak, _float(127)), _float(_TINY))
+    centre = op.Constant(value=ir.tensor(_CENTRE, dtype=ir.DataType.UINT8))
+    rows = op.QuantizeLinear(op.Div(x, step), _float(1), centre)
+    product = _matmul_integer_to_float(rows, codes, _float(1), _as_float(scale), centre)
+    y = _as_type(op.Mul(product, step), dtype)
+    return y if bias is None else op.Add(y, bias)
+
+
+def quantized_linear(
+    x: ir.Value,
+    codes: ir.Value,
+    scale: ir.Value,
+    zero_point: ir.Value | None,
+    bias: ir.Value | None,
+    bits: int,
+    group_size: int,
+) -> ir.Value:
+    """Multiply by the dequantized weight."""
+    groups, features = (int(size) for size in scale.shape)
+    inputs = int(x.shape[-1])
+    if bits == 4:
+        kind = ir.DataType.INT4 if zero_point is None else ir.DataType.UINT4
+        _store_as(codes, kind, (inputs, features))
+        if zero_point is not None:
+            _store_as(zero_point, kind, (groups, features))
+    weight = op.DequantizeLinear(codes, scale, zero_point, axis=0, block_size=group_size)
+    y = op.MatMul(x, _as_type(weight, x.dtype, given=scale.dtype))
+    return y if bias is None else op.Add(y, bias)
+
+
+def quantized_embedding(ids: ir.Value, codes: ir.Value, scale: ir.Value) -> ir.Value:
+    """Gather rows of codes and their scales."""
+    rows = op.Cast(op.Gather(codes, ids), to=scale.dtype)
+    return op.Mul(rows, op.Gather(scale, ids))
+
+
+def attention(
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    attn_mask: ir.Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    """Attend; heads stay side by side where they come that way."""
+    if dropout_p or len(query.shape) != 4:
+        raise NotImplementedError(f"attention of rank {len(query.shape)}, dropout {dropout_p}")
+    options: dict[str, Any] = {"is_causal": int(is_causal)}
+    if scale is not None:
+        options["scale"] = float(scale)
+    mask = _whole_mask(attn_mask, query, key)
+    operands = [query, key, value]
+    flat = [_heads_side_by_side(operand) for operand in operands]
+    if any(operand is None for operand in flat):
+        return op.Attention(*operands, mask, **options)[0]
+    heads, kv_heads, head_dim = query.shape[1], key.shape[1], value.shape[3]
+    y = op.Attention(*flat, mask, q_num_heads=heads, kv_num_heads=kv_heads, **options)[0]
+    split = op.Reshape(y, _ints(0, 0, int(heads), int(head_dim)))
+    return op.Transpose(split, perm=[0, 2, 1, 3])
+
+
+TRANSLATIONS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
+    _int8.OP: int8_linear,
+    _weight_only.OP: quantized_linear,
+    _embedding.OP: quantized_embedding,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+}
+
+
+def _microsoft(name: str, inputs: Mapping[str, str], output: str) -> Op:
+    """Declare an op of ONNX Runtime: types of its inputs by name, type of its output."""
+    parameters = [OpSchema.FormalParameter(key, kind) for key, kind in inputs.items()]
+    result = OpSchema.FormalParameter("y", output)
+    schema = OpSchema(name, "com.microsoft", 1, inputs=parameters, outputs=[result])
+    return Op(Opset("com.microsoft", 1), name, schema)
+
+
+_matmul_integer_to_float = _microsoft(
+    "MatMulIntegerToFloat",
+    {
+        "a": "tensor(uint8)",
+        "b": "tensor(int8)",
+        "a_scale": "tensor(float)",
+        "b_scale": "tensor(float)",
+        "a_zero_point": "tensor(uint8)",
+    },
+    output="tensor(float)",
+)
+
+
+def _heads_side_by_side(x: ir.Value) -> ir.Value | None:
+    """Return [batch, seq, heads * head_dim] for a value transposed to [batch, heads, seq, head_dim].
+
+    None when it comes otherwise, or its heads cannot be counted.
+    """
+    node, heads, head_dim = x.producer(), x.shape[1], x.shape[3]
+    if node is None or node.op_type != "Transpose":
+        return None
+    if tuple(node.attributes["perm"].as_ints()) != (0, 2, 1, 3):
+        return None
+    if not isinstance(heads, int) or not isinstance(head_dim, int):
+        return None
+    return op.Reshape(node.inputs[0], _ints(0, 0, heads * head_dim))
+
+
+def _whole_mask(mask: ir.Value | None, query: ir.Value, key: ir.Value) -> ir.Value | None:
+    """Give a mask rank 4 and its full size in the last two dimensions, as ONNX Runtime wants it."""
+    if mask is None:
+        return None
+    rank = len(mask.shape)
+    if rank < 4:
+        mask_shape = mask.shape
+        mask = op.Unsqueeze(mask, _ints(*range(4 - rank)))
+    else:
+        mask_shape = mask.shape
+    if rank >= 2 and tuple(mask_shape[-2:]) == (query.shape[2], key.shape[2]):
+        return mask
+    rows, columns = op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3)
+    return op.Expand(mask, op.Concat(_ints(1, 1), rows, columns, axis=0))
+
+
+def _store_as(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+    """Note what the bytes of an initializer are."""
+    value.meta[STORED_AS] = (dtype, shape)
+
+
+def _as_float(x: ir.Value) -> ir.Value:
+    return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+
+
+def _as_type(
+    x: ir.Value, dtype: ir.DataType, given: ir.DataType = ir.DataType.FLOAT
+) -> ir.Value:
+    return x if dtype == given else op.Cast(x, to=dtype)
+
+
+def _float(value: float) -> ir.Value:
+    return op.Constant(value=ir.tensor(value, dtype=ir.DataType.FLOAT))
+
+
+def _ints(*values: int) -> ir.Value:
+    return op.Constant(value=ir.tensor(list(values), dtype=ir.DataType.INT64))

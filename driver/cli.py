@@ -1,0 +1,315 @@
+"""The command line: `blockwright compile | inspect | passes | run | bench | diff | doctor`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..backends.artefact import load
+from ..ir.errors import OptionError
+from ..ir.text import diff_text
+from . import cli_tables as tables
+from .cli_bench import rivals
+from .cli_calls import (
+    caller,
+    named_tensors,
+    random_tensors,
+    read_tensors,
+    relative_error,
+    require_format,
+    require_sizes,
+    statistics,
+    write_tensors,
+)
+from .cli_inputs import parse_sizes
+from .cli_models import InputOptions, open_model, open_program
+from .cli_options import (
+    ArtefactArgument,
+    Backend,
+    Debug,
+    DynamicSizes,
+    Inputs,
+    Json,
+    ModelArgument,
+    Passes,
+    RecipeFile,
+    Seed,
+    Sizes,
+    Threads,
+    Trust,
+    Vocab,
+)
+from .cli_view import progress, screen, show, show_json
+from .compile import compile as compile_model
+from .doctor import examine, version
+from .measure import compare
+from .recipe import resolve
+from .recipe_text import read_calls
+from .register import AnyPass, find_pass, pass_names
+
+app = typer.Typer(
+    name="blockwright",
+    help="A compiler for the structure of transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # there is one of ours
+    app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"blockwright {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version_: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Compile the structure of transformers."""
+
+
+@app.command("compile")
+def compile_command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the engine goes.")],
+    passes: Passes = None,
+    recipe: RecipeFile = None,
+    input_: Inputs = None,
+    dynamic: DynamicSizes = None,
+    vocab: Vocab = None,
+    seed: Seed = 0,
+    backend: Backend = "auto",
+    threads: Threads = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the backend.")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="More inputs to certify on: npz or safetensors files. Repeatable."),
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")
+    ] = False,
+    verify_each: Annotated[bool, typer.Option(help="Check the graph after each pass.")] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Rewrite a model by passes, check what they did, lower it and save the engine."""
+    with screen(as_json, debug), progress() as report:
+        steps = _recipe(recipe, passes)
+        chosen = _options(threads, option)
+        given = InputOptions(input_ or (), dynamic or (), vocab, seed)
+        opened = open_model(model, given)
+        engine = compile_model(
+            opened.model,
+            steps,
+            opened.example_inputs,
+            dynamic_shapes=opened.dynamic_shapes,
+            calibration=[read_tensors(path) for path in calibration or ()] or None,
+            backend=backend,
+            options=chosen,
+            verify_each=verify_each,
+            allow_nonfinite=allow_nonfinite,
+            progress=report,
+        )
+        engine.save(output)
+    if as_json:
+        show_json({"output": str(output), "backend": engine.backend, "record": engine.record})
+    else:
+        show(engine.report, f"saved {output}")
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    input_: Inputs = None,
+    dynamic: DynamicSizes = None,
+    vocab: Vocab = None,
+    cost: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Sizes to count at: batch=8,seq=128.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Print the graph as text.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model is made of and what one call of it costs."""
+    with screen(as_json, debug), progress() as report:
+        report("capture", 0, 1)
+        program = open_program(model, InputOptions(input_ or (), dynamic or (), vocab))
+        sizes = parse_sizes(cost)
+        require_sizes(program, sizes)
+        data = tables.program_data(program, sizes)
+    if as_json:
+        show_json(data | ({"text": program.text()} if text else {}))
+    elif text:
+        typer.echo(program.text(), nl=False)
+    else:
+        show(*tables.program_view(data))
+
+
+@app.command("passes")
+def passes_command(
+    name: Annotated[str | None, typer.Argument(help="A pass to show in full.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the passes, or show one with its options."""
+    with screen(as_json, debug):
+        data = [tables.pass_data(find_pass(each)) for each in ([name] if name else pass_names())]
+    if as_json:
+        show_json(data[0] if name else data)
+    else:
+        show(*(tables.pass_view(data[0]) if name else tables.passes_view(data)))
+
+
+@app.command()
+def run(
+    artefact: ArtefactArgument,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="Inputs by name: npz or safetensors.")
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Make inputs up.")] = False,
+    sizes: Sizes = None,
+    vocab: Vocab = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="npz or safetensors file to write.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Run it elsewhere than saved for.")] = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a saved engine once; write its outputs or show figures about them."""
+    with screen(as_json, debug), progress() as report:
+        if (input_ is None) is not random:
+            raise OptionError("a run needs inputs.", remedy="give one of --input FILE or --random.")
+        if output is not None:
+            require_format(output)
+        report("load", 0, 1)
+        engine = load(artefact, backend=backend, trust=trust)
+        tensors = (
+            read_tensors(input_)
+            if input_
+            else random_tensors(engine.program, parse_sizes(sizes), vocab, seed)
+        )
+        report("run", 0, 1)
+        outputs = named_tensors(caller(engine, tensors)())
+        if output is not None:
+            write_tensors(output, outputs)
+    figures = {path: statistics(tensor) for path, tensor in outputs.items()}
+    written = str(output) if output else None
+    if as_json:
+        show_json({"backend": engine.backend, "output": written, "outputs": figures})
+    else:
+        show(tables.statistics_view(figures), *([f"saved {output}"] if output else []))
+
+
+@app.command()
+def bench(
+    model: ModelArgument,
+    passes: Passes = None,
+    recipe: RecipeFile = None,
+    input_: Inputs = None,
+    dynamic: DynamicSizes = None,
+    sizes: Sizes = None,
+    vocab: Vocab = None,
+    seed: Seed = 0,
+    backend: Backend = "auto",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="What to compare with, comma-separated: backends, which run the model without"
+            " --pass, or saved engines. The first is the yardstick."
+        ),
+    ] = "eager",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; 5 or more for a verdict.")] = 9,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds to stop after.")] = 60.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the speed of a model or saved engine with other ways to run it.
+
+    Rounds are interleaved; times are CPU time of one thread.
+    """
+    with screen(as_json, debug), progress() as report:
+        given = InputOptions(input_ or (), dynamic or (), vocab, seed)
+        steps = _recipe(recipe, passes)
+        engines = rivals(model, given, steps, backend, against, report)
+        subject = engines[model].program
+        tensors = random_tensors(subject, parse_sizes(sizes), vocab, seed)
+        calls = {name: caller(engine, tensors) for name, engine in engines.items()}
+        outputs = {name: named_tensors(call()) for name, call in calls.items()}
+        expected = next(iter(outputs.values()))
+        errors = {name: relative_error(found, expected) for name, found in outputs.items()}
+        comparison = compare(
+            calls, rounds=rounds, budget_s=budget, progress=lambda a, b: report("measure", a, b)
+        )
+    data = comparison.to_json() | {"relative_error": errors}
+    if as_json:
+        show_json(data)
+    else:
+        show(*tables.comparison_view(comparison, errors))
+
+
+@app.command()
+def diff(
+    old: ModelArgument,
+    new: ModelArgument,
+    input_: Inputs = None,
+    dynamic: DynamicSizes = None,
+    vocab: Vocab = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show how two models or saved engines differ: graphs as text, and cost."""
+    with screen(as_json, debug), progress() as report:
+        report("capture", 0, 2)
+        given = InputOptions(input_ or (), dynamic or (), vocab)
+        before = open_program(old, given)
+        report("capture", 1, 2)
+        after = open_program(new, given)
+        text = diff_text(before, after, (old, new))
+        costs = before.cost().to_json(), after.cost().to_json()
+    if as_json:
+        show_json({"diff": text, "cost": {"old": costs[0], "new": costs[1]}})
+    else:
+        show(*tables.diff_view(text, *costs))
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what is installed, what this machine can do, and what a backend lacks."""
+    with screen(as_json, debug):
+        data = examine()
+    if as_json:
+        show_json(data)
+    else:
+        show(*tables.doctor_view(data))
+
+
+def _recipe(file: Path | None, texts: list[str] | None) -> list[AnyPass]:
+    return resolve([*([file] if file else []), *(texts or [])])
+
+
+def _options(threads: int | None, texts: list[str] | None) -> dict[str, Any]:
+    """Read backend options in the grammar of recipes."""
+    listed = ", ".join(texts or [])
+    (call,) = read_calls(f"options{{{listed}}}")
+    return ({"threads": threads} if threads else {}) | dict(call.options)

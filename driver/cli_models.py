@@ -1,0 +1,178 @@
+"""The MODEL argument of the command line, and everything that goes with opening one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..backends.artefact import load
+from ..ir.capture import capture, load_directory, resolve_inputs
+from ..ir.errors import CaptureError, OptionError
+from ..ir.program import Program
+from .cli_inputs import (
+    dynamic_shapes,
+    make_inputs,
+    parse_dynamic,
+    parse_input,
+    vocabulary,
+)
+
+FORMS = "give a Hugging Face directory, file.py:factory, package.module:factory, or an artefact."
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """What the command line says about inputs; see `cli_inputs` for the grammar.
+
+    Attributes:
+        inputs: Texts of `--input`.
+        dynamic: Texts of `--dynamic`.
+        vocab: Limit of integers; None to ask the model.
+        seed: Seed of random values.
+    """
+
+    inputs: Sequence[str] = ()
+    dynamic: Sequence[str] = ()
+    vocab: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its example call.
+
+    Attributes:
+        model: The module.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        dynamic_shapes: As `torch.export.export` takes them.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    dynamic_shapes: dict[str, Any] | None
+
+    @property
+    def example_inputs(self) -> Any:
+        """The example call as `compile` and `capture` take it."""
+        return self.args or dict(self.kwargs)
+
+
+def open_model(text: str, options: InputOptions) -> Opened:
+    """Load a model and make its example inputs.
+
+    Raises:
+        OptionError: The text names no model, or the inputs are malformed.
+        CaptureError: The directory does not load, or there are no example inputs.
+    """
+    specs = [parse_input(spec) for spec in options.inputs]
+    dynamic = parse_dynamic(options.dynamic)
+    model = load_model(text)
+    if specs:
+        given: Any = make_inputs(specs, options.vocab or vocabulary(model), options.seed)
+    else:
+        given = None
+    try:
+        args, kwargs = resolve_inputs(model, given)
+    except CaptureError as error:
+        remedy = "describe them: --input 'x=float32[2,16]', once per argument."
+        raise CaptureError(error.what, where=text, remedy=remedy) from error
+    names = list(inspect.signature(model.forward).parameters)
+    named = dict(zip(names, args, strict=False)) | kwargs
+    unknown = [spec.name for spec in specs if spec.name not in names]
+    if unknown and not _takes_any(model):
+        raise OptionError(
+            f"the model has no argument {unknown[0]!r}.", remedy=f"use {', '.join(names)}."
+        )
+    return Opened(model, args, kwargs, dynamic_shapes(dynamic, specs, named))
+
+
+def open_program(text: str, options: InputOptions) -> Program:
+    """Return the program of an artefact, or capture a model."""
+    if is_artefact(text):
+        return load(Path(text), backend="eager").program
+    opened = open_model(text, options)
+    return capture(opened.model, opened.example_inputs, dynamic_shapes=opened.dynamic_shapes)
+
+
+def is_artefact(text: str) -> bool:
+    """Whether a path is a saved engine: a folder or zip with a manifest."""
+    path = Path(text)
+    if path.is_dir():
+        return (path / "manifest.json").is_file()
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def load_model(text: str) -> nn.Module:
+    """Return the module a MODEL argument names.
+
+    Raises:
+        OptionError: It names none.
+        CaptureError: The directory does not load.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return load_directory(path)
+    source, _, name = text.rpartition(":")
+    if not source or path.exists():
+        raise OptionError(f"{text!r} is not a model.", remedy=FORMS)
+    found = _import(source)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise OptionError(f"{source} has no {name!r}.", remedy=FORMS)
+        found = getattr(found, part)
+    model = found
+    if not isinstance(model, nn.Module):
+        if not callable(found) or _needs_arguments(found):
+            raise OptionError(
+                f"{text} is not a module and cannot be called without arguments.",
+                remedy="name a function that returns the model: def tiny(): return Model(dim=8).",
+            )
+        model = found()
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"{text} gave a value of type {type(model).__name__}, no torch module.")
+    return model.eval()
+
+
+def _takes_any(model: nn.Module) -> bool:
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def _import(source: str) -> Any:
+    """Import a file by path, or a module as `python -m` in this folder would find it."""
+    if source.endswith(".py"):
+        path = Path(source).resolve()
+        spec = importlib.util.spec_from_file_location(f"user_{path.stem}", path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise OptionError(f"there is no file {source}.", remedy=FORMS)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
+        sys.path.insert(0, str(path.parent))
+        spec.loader.exec_module(module)
+        return module
+    sys.path.insert(0, "")
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name is None or not source.startswith(error.name):
+            raise
+        raise OptionError(f"there is no module {source!r}.", remedy=FORMS) from error

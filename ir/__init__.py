@@ -1,0 +1,1 @@
+"""What a program is: capture, Program, structural ops, recognition, cost, verification, text."""

@@ -1,0 +1,181 @@
+"""What a program costs: parameters, FLOPs and bytes, counted from shapes alone.
+
+One multiply-add is two FLOPs. Attention counts both matrix products over all keys, masked or not.
+Everything else that computes counts one FLOP per element of its result; views count nothing.
+Works on meta tensors, and does the work once per block class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .graphs import aten
+from .ops import OPS
+from .program import MAIN, Program
+from .regions import local_path
+from .shapes import Size, concrete
+
+Shape = tuple[int, ...]
+
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call costs.
+
+    Attributes:
+        parameters: Weights, tied ones once, quantized ones as the weights they stand for.
+        activated_parameters: Weights one token is multiplied with, embeddings included.
+        weight_bytes: Bytes of all stored tensors, scales and buffers included.
+        flops: Floating-point (or integer) operations; one multiply-add is two.
+        bytes_moved: Bytes every op reads and writes when nothing is fused.
+        by_kind: FLOPs by kind: linear, attention, convolution, elementwise.
+    """
+
+    parameters: int
+    activated_parameters: int
+    weight_bytes: int
+    flops: int
+    bytes_moved: int
+    by_kind: Mapping[str, int] = field(default_factory=dict)
+    _places: Sequence[tuple[str, Mapping[str, int]]] = field(default=(), repr=False)
+
+    @property
+    def by_path(self) -> dict[str, int]:
+        """FLOPs by module path."""
+        return {
+            ".".join(filter(None, (place, path))): count
+            for place, paths in self._places
+            for path, count in paths.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, without the table of paths."""
+        return {
+            "parameters": self.parameters,
+            "activated_parameters": self.activated_parameters,
+            "weight_bytes": self.weight_bytes,
+            "flops": self.flops,
+            "bytes_moved": self.bytes_moved,
+            "by_kind": dict(self.by_kind),
+        }
+
+
+@dataclass
+class _Tally:
+    """Cost of one graph, calls not entered."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    paths: Counter[str] = field(default_factory=Counter)
+    bytes_moved: int = 0
+    stored_weights: int = 0
+
+
+def program_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Cost:
+    """Count what one call of a program costs.
+
+    Args:
+        program: What to count; its tensors may be on the meta device.
+        sizes: Size of dynamic dimensions by name; those left out are as in the example inputs.
+    """
+    size = concrete(program, sizes)
+    tallies = {key: _tally(graph, size) for key, graph in program.graphs.items()}
+    kinds, places = Counter(tallies[MAIN].kinds), [("", tallies[MAIN].paths)]
+    moved, stored = tallies[MAIN].bytes_moved, tallies[MAIN].stored_weights
+    for name, instance in program.instances.items():
+        tally = tallies[instance.block]
+        kinds.update(tally.kinds)
+        moved += tally.bytes_moved
+        stored += tally.stored_weights
+        places.append((name, tally.paths))
+    parameters = stored + sum(program.tensors[name].numel() for name in program.parameters)
+    return Cost(
+        parameters=parameters,
+        activated_parameters=parameters,
+        weight_bytes=sum(t.numel() * t.element_size() for t in program.tensors.values()),
+        flops=sum(kinds.values()),
+        bytes_moved=moved,
+        by_kind=dict(sorted(kinds.items())),
+        _places=places,
+    )
+
+
+def _tally(graph: fx.Graph, size: Callable[[Size], int]) -> _Tally:
+    tally = _Tally()
+    for node in graph.nodes:
+        if node.op != "call_function" or is_view(node):
+            continue
+        shapes = [_shape(source, size) for source in _tensors(node)]
+        output = _shape(node, size)
+        counts = node_flops(node, shapes, output)
+        tally.kinds.update(counts)
+        tally.paths[local_path(node)] += sum(counts.values())
+        tally.bytes_moved += sum(_bytes(n, size) for n in (node, *_tensors(node)))
+        structural = OPS.get(str(node.target))
+        if structural is not None:
+            tally.stored_weights += structural.weights(shapes, output)
+    return tally
+
+
+def node_flops(node: fx.Node, shapes: Sequence[Shape], output: Shape) -> Mapping[str, int]:
+    """Return the FLOPs of one node by kind.
+
+    Args:
+        node: The node.
+        shapes: Shapes of its tensor arguments, in order.
+        output: Shape of its result.
+    """
+    structural = OPS.get(str(node.target))
+    if structural is not None:
+        return structural.flops(list(shapes), output)
+    packet = getattr(node.target, "overloadpacket", None)
+    size = math.prod(output)
+    if packet in (aten.linear, aten.mm):
+        return {"linear": 2 * size * shapes[0][-1]}
+    if packet is aten.addmm:
+        return {"linear": 2 * size * shapes[1][-1]}
+    if packet in (aten.matmul, aten.bmm, aten.baddbmm):
+        left = shapes[1] if packet is aten.baddbmm else shapes[0]
+        return {_product_kind(node): 2 * size * left[-1]}
+    if packet is aten.scaled_dot_product_attention:
+        (*batch, queries, head_dim), keys, value = shapes[0], shapes[1][-2], shapes[2][-1]
+        return {"attention": 2 * math.prod(batch) * queries * keys * (head_dim + value)}
+    if packet in _CONVOLUTIONS:
+        return {"convolution": 2 * size * math.prod(shapes[1][1:])}
+    return {"elementwise": size}
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only looks at memory in another way, or picks from a tuple."""
+    if not isinstance(node.meta.get("val"), Tensor):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True
+    return any(result.alias_info is not None for result in schema.returns)
+
+
+def _product_kind(node: fx.Node) -> str:
+    """A product with a weight is a linear layer; one of two activations is attention."""
+    return "linear" if any(n.op == "get_attr" for n in node.all_input_nodes) else "attention"
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+
+
+def _shape(node: fx.Node, size: Callable[[Size], int]) -> Shape:
+    return tuple(size(s) for s in node.meta["val"].shape)
+
+
+def _bytes(node: fx.Node, size: Callable[[Size], int]) -> int:
+    value: torch.Tensor = node.meta["val"]
+    return math.prod(_shape(node, size)) * value.element_size()

@@ -1,0 +1,277 @@
+"""From `torch.export` to a Program: weights by their names, no noise, repeated blocks folded."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    CustomObjArgument,
+    InputKind,
+    OutputKind,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+from .fold import fold_blocks
+from .graphs import copy_graph, is_mutable, remove_dead, skip_noise
+from .program import MAIN, Program, StateSlot
+from .shapes import dims
+from .signature import Argument, Signature, TensorSpec
+from .structure import Structure
+
+
+def from_exported(
+    exported: ExportedProgram,
+    *,
+    fold: bool = True,
+    notes: tuple[str, ...] = (),
+    parameters: tuple[str, ...] = (),
+    symbols: Mapping[tuple[str, int], str] | None = None,
+    names: list[str] | None = None,
+) -> Program:
+    """Turn an exported program into a Program.
+
+    Args:
+        exported: What `torch.export.export` returned.
+        fold: Share one graph among repeated blocks.
+        notes: Remarks to carry into the report.
+        parameters: Names that `forward` accepts by position.
+        symbols: Name of a dynamic dimension by flat input name and axis.
+        names: Every name of every tensor of the model, ties included.
+    """
+    if any(is_mutable(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})
+    tensors, canonical = _tensors(exported, names or [])
+    graph, state = _graph(exported, canonical)
+    signature = _signature(exported, graph, parameters, symbols or {})
+    kinds = exported.graph_signature.parameters
+    program = Program(
+        graphs={MAIN: graph},
+        tensors=tensors,
+        signature=signature,
+        aliases={name: target for name, target in canonical.items() if name != target},
+        parameters=frozenset(canonical[name] for name in kinds if name in canonical),
+        state=tuple(state),
+        notes=notes + _randomness(graph),
+    )
+    return fold_blocks(program) if fold else program
+
+
+def _tensors(
+    exported: ExportedProgram, names: list[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors by canonical name, and the canonical name of every name."""
+    stored: dict[str, Any] = {**exported.state_dict, **exported.constants}
+    order = [name for name in names if name in stored]
+    order += [name for name in stored if name not in set(order)]
+    canonical: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    seen: dict[Any, str] = {}
+    for name in order:
+        value = stored[name]
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"constant {name!r} is a {type(value).__name__}, not a tensor.")
+        key = _storage_key(value)
+        canonical[name] = seen.setdefault(key, name)
+        if canonical[name] == name:
+            tensors[name] = value.detach()
+    return tensors, canonical
+
+
+def _graph(
+    exported: ExportedProgram, canonical: Mapping[str, str]
+) -> tuple[fx.Graph, list[StateSlot]]:
+    """Rebuild the exported graph with weights as `get_attr` nodes and no noise."""
+    signature = exported.graph_signature
+    held = {
+        spec.arg.name: str(spec.target)
+        for spec in signature.input_specs
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    }
+    mutated = {
+        str(spec.target): index
+        for index, spec in enumerate(signature.output_specs)
+        if spec.kind == OutputKind.BUFFER_MUTATION
+    }
+    _reject_unsupported(exported)
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    weights: dict[str, fx.Node] = {}
+    arguments = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    # The caller's inputs come first, then state; weights become `get_attr` nodes.
+    for node in sorted(arguments, key=lambda node: node.name in held):
+        target = held.get(node.name)
+        if target is None or target in mutated:
+            if isinstance(node.meta.get("val"), Tensor):
+                env[node] = graph.node_copy(node)
+        else:
+            name = canonical[target]
+            if name not in weights:
+                weights[name] = graph.get_attr(name)
+                weights[name].meta = dict(node.meta)
+            env[node] = weights[name]
+    _copy_computation(exported.graph_module, graph, env)
+    results = exported.graph.output_node().args[0]
+    by_name = {node.name: env[node] for node in results if isinstance(node, fx.Node)}
+    user = [by_name[name] for name in _user_outputs(exported)]
+    updates = [env[results[index]] for index in mutated.values()]
+    graph.output((*user, *updates))
+    placeholder_of = {held[node.name]: env[node].name for node in arguments if node.name in held}
+    state = [
+        StateSlot(canonical[target], placeholder_of[target], len(user) + position)
+        for position, target in enumerate(mutated)
+    ]
+    remove_dead(graph)
+    return copy_graph(graph), state
+
+
+def _copy_computation(owner: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> None:
+    """Copy what computes, without noise; regions under `no_grad` or autocast-off are inlined."""
+    for node in owner.graph.nodes:
+        if node.op != "call_function":
+            continue
+        passed_on, wrapped = skip_noise(node), _wrapped(node)
+        if passed_on is not None:
+            env[node] = env[passed_on]
+        elif wrapped is not None:
+            inner = getattr(owner, str(wrapped.target))
+            taken = node.args[node.args.index(wrapped) + 1 :]
+            places = [n for n in inner.graph.nodes if n.op == "placeholder"]
+            env.update({p: env[a] for p, a in zip(places, taken, strict=True)})
+            _copy_computation(inner, graph, env)
+            results = inner.graph.output_node().args[0]
+            env[node] = [env[result] for result in results]
+        elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
+            env[node] = env[node.args[0]][node.args[1]]
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+
+
+def _wrapped(node: fx.Node) -> fx.Node | None:
+    """Return the subgraph of a node that only sets a mode inference does not have."""
+    name = getattr(node.target, "__name__", "")
+    autocast_off = name == "wrap_with_autocast" and node.args[2] is False
+    if name == "wrap_with_set_grad_enabled" or autocast_off:
+        return next(a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")
+    return None
+
+
+def _signature(
+    exported: ExportedProgram,
+    graph: fx.Graph,
+    parameters: tuple[str, ...],
+    symbols: Mapping[tuple[str, int], str],
+) -> Signature:
+    spec = exported.call_spec.in_spec
+    assert spec is not None
+    assert exported.call_spec.out_spec is not None
+    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    user = [s.arg for s in exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    renamed = {
+        str(inputs[name].meta["val"].shape[axis]): label
+        for (path, axis), label in symbols.items()
+        for name in [user[_leaf_index(spec, path)].name]
+        if name in inputs
+    }
+    leaves: list[Any] = [
+        _tensor_spec(inputs[arg.name], renamed)
+        if isinstance(arg, TensorArgument)
+        else getattr(arg, "value", None)
+        for arg in user
+    ]
+    positional, keyword = spec.children()
+    arguments: list[Argument] = []
+    children = [(None, child) for child in positional.children()]
+    children += list(zip(keyword.context, keyword.children(), strict=True))
+    for index, (name, child) in enumerate(children):
+        structure = Structure.from_spec(child)
+        taken, leaves = leaves[: structure.leaves], leaves[structure.leaves :]
+        label = name or (parameters[index] if index < len(parameters) else f"args.{index}")
+        arguments.append(Argument(label, name is None, structure, tuple(taken)))
+    outputs = [s for s in exported.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    ranges = {
+        renamed.get(str(symbol), str(symbol)): (
+            max(int(limits.lower), 0),
+            None if limits.upper > 2**60 else int(limits.upper),
+        )
+        for symbol, limits in exported.range_constraints.items()
+        if re.fullmatch(r"[su]\d+", str(symbol))
+    }
+    return Signature(
+        arguments=tuple(arguments),
+        outputs=Structure.from_spec(exported.call_spec.out_spec),
+        constants={
+            index: s.arg.value
+            for index, s in enumerate(outputs)
+            if isinstance(s.arg, ConstantArgument)
+        },
+        parameters=parameters,
+        ranges=ranges,
+        symbols=renamed,
+    )
+
+
+def _tensor_spec(node: fx.Node, symbols: Mapping[str, str]) -> TensorSpec:
+    value = node.meta["val"]
+    return TensorSpec(node.name, value.dtype, dims(value, symbols))
+
+
+def _user_outputs(exported: ExportedProgram) -> list[str]:
+    return [
+        spec.arg.name
+        for spec in exported.graph_signature.output_specs
+        if spec.kind == OutputKind.USER_OUTPUT and not isinstance(spec.arg, ConstantArgument)
+    ]
+
+
+def _reject_unsupported(exported: ExportedProgram) -> None:
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind == OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(
+                f"the model writes into its input {spec.target!r}.",
+                remedy="clone the input before changing it.",
+            )
+    for item in exported.graph_signature.input_specs:
+        if isinstance(item.arg, CustomObjArgument):
+            raise CaptureError(f"the model holds a script object, {item.target!r}.")
+    for node in exported.graph.nodes:
+        if node.op == "get_attr" and not all(_wrapped(user) for user in node.users):
+            raise CaptureError(
+                f"control flow ({next(iter(node.users)).target}) is not supported in capture yet.",
+                where=node.name,
+                remedy="capture the branch you need, or replace it by torch.where.",
+            )
+
+
+def _randomness(graph: fx.Graph) -> tuple[str, ...]:
+    seeded = torch.Tag.nondeterministic_seeded
+    return tuple(
+        f"{node.target} draws random numbers; two calls differ."
+        for node in graph.nodes
+        if seeded in getattr(node.target, "tags", ())
+        and node.target.namespace == "aten"
+        and "dropout" not in str(node.target)
+        and "attention" not in str(node.target)
+    )
+
+
+def _leaf_index(spec: pytree.TreeSpec, path: str) -> int:
+    """Find the flat index of the input a dotted path names; `#0` is the first positional."""
+    positional, keyword = (Structure.from_spec(child) for child in spec.children())
+    paths = [f"#{p}" for p in positional.paths()] + keyword.paths()
+    return paths.index(path)
+
+
+def _storage_key(value: Tensor) -> Any:
+    if value.device.type == "meta" or value.numel() == 0:
+        return id(value)
+    layout = (value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
+    return (value.untyped_storage().data_ptr(), *layout)

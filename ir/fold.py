@@ -1,0 +1,335 @@
+"""Fold repeated blocks into one graph per class.
+
+A residual network runs its blocks one after the other, so in execution order a stack is a
+*periodic* stretch: node i does what node i + p does. Folding finds such stretches by hashing what
+each node does (op, constants, shapes; never names), cuts them where the fewest values cross, and
+proves node by node that every block is isomorphic to its neighbour before it may share a graph.
+
+Every step is linear in the number of nodes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from .graphs import common_prefix, module_path
+from .program import MAIN, Instance, Program
+from .shapes import describe
+
+WINDOWS = (64, 16, 4)  # nodes that must repeat before a stretch is looked at, longest first
+CANDIDATES = 8  # periods tried per window
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`count` blocks of `period` nodes each, from position `start`."""
+
+    start: int
+    period: int
+    count: int
+
+
+def fold_blocks(program: Program) -> Program:
+    """Return the program with repeated stretches of its main graph as block instances."""
+    nodes = [n for n in program.main.nodes if n.op == "call_function"]
+    keys = _intern([_node_key(node) for node in nodes])
+    key_of = dict(zip(nodes, keys, strict=True))
+    groups: list[list[Isomorph]] = []
+    for stretch in find_stretches(keys, nodes):
+        groups += _isomorphic_runs(nodes, stretch, key_of)
+    return _outline(program, groups) if groups else program
+
+
+def find_stretches(keys: Sequence[int], nodes: Sequence[fx.Node]) -> list[Stretch]:
+    """Return disjoint periodic stretches of a key sequence, in order, cut at their narrowest."""
+    claimed = [False] * len(keys)
+    found: list[Stretch] = []
+    for window in WINDOWS:
+        grams = _intern([tuple(keys[i : i + window]) for i in range(len(keys) - window + 1)])
+        while True:
+            run = _best_run(keys, grams, window, claimed)
+            if run is None:
+                break
+            first, last, period = run
+            stretch = _cut(nodes, first, last, period)
+            if stretch is not None:
+                found.append(stretch)
+                first, last = stretch.start, stretch.start + stretch.count * period
+            claimed[first:last] = [True] * (last - first)
+    return sorted(found, key=lambda stretch: stretch.start)
+
+
+def _best_run(
+    keys: Sequence[int], grams: Sequence[int], window: int, claimed: Sequence[bool]
+) -> tuple[int, int, int] | None:
+    """Return (first, end, period) of the periodic run that covers most unclaimed nodes."""
+    last_seen: dict[int, int] = {}
+    votes: Counter[int] = Counter()
+    for position, gram in enumerate(grams):
+        if claimed[position] or claimed[min(position + window, len(claimed)) - 1]:
+            continue
+        if gram in last_seen:
+            votes[position - last_seen[gram]] += 1
+        last_seen[gram] = position
+    best: tuple[int, int, int, int] | None = None
+    for period, _ in votes.most_common(CANDIDATES):
+        run = _longest_run(keys, period, claimed)
+        if run is None:
+            continue
+        covered = run[1] - run[0]
+        # A multiple of the true period covers nearly as much: prefer the shorter period.
+        if (
+            best is None
+            or covered > 1.05 * best[0]
+            or (covered >= 0.95 * best[0] and period < best[3])
+        ):
+            best = (covered, *run, period)
+    return best[1:] if best else None
+
+
+def _longest_run(
+    keys: Sequence[int], period: int, claimed: Sequence[bool]
+) -> tuple[int, int] | None:
+    best: tuple[int, int] | None = None
+    start: int | None = None
+    for i in range(len(keys) - period + 1):
+        same = (
+            i + period < len(keys)
+            and keys[i] == keys[i + period]
+            and not claimed[i]
+            and not claimed[i + period]
+        )
+        if same and start is None:
+            start = i
+        elif not same and start is not None:
+            if i - start >= period and (best is None or i + period - start > best[1] - best[0]):
+                best = (start, i + period)
+            start = None
+    return best
+
+
+def _cut(nodes: Sequence[fx.Node], first: int, end: int, period: int) -> Stretch | None:
+    """Choose where blocks begin: where fewest values cross, then where modules begin."""
+    position = {node: index for index, node in enumerate(nodes[first:end], first)}
+    middle = first + period * max((end - first) // period // 2 - 1, 0)
+    crossing = [0] * (period + 1)
+    for node in nodes[first : min(middle + 2 * period, end)]:
+        born = position[node]
+        dies = max((position.get(user, end) for user in node.users), default=born)
+        low, high = max(born + 1, middle), min(dies, middle + period - 1)
+        if low <= high:
+            crossing[low - middle] += 1
+            crossing[high + 1 - middle] -= 1
+    live, best = 0, None
+    for offset in range(period):
+        live += crossing[offset]
+        start = first + (middle - first + offset) % period
+        count = (end - start) // period
+        if count < 2:
+            continue
+        prefix = len(common_prefix(map(module_path, nodes[start : start + period])).split("."))
+        rank = (live, -count, -prefix, start)
+        if best is None or rank < best[0]:
+            best = (rank, Stretch(start, period, count))
+    return best[1] if best else None
+
+
+@dataclass
+class Isomorph:
+    """A block matched against the reference block of its class.
+
+    Attributes:
+        nodes: The block's nodes; equal positions correspond.
+        inputs: Outside values it reads, in the reference's order.
+        weights: Outside `get_attr` nodes it reads, in the reference's order.
+    """
+
+    nodes: Sequence[fx.Node]
+    inputs: list[fx.Node]
+    weights: list[fx.Node]
+
+    @cached_property
+    def path(self) -> str:
+        """Path of the innermost module that holds the block."""
+        return common_prefix(path for path in map(module_path, self.nodes) if path)
+
+    def escaping(self) -> list[int]:
+        """Return the positions of nodes read outside the block."""
+        inside = set(self.nodes)
+        return [i for i, n in enumerate(self.nodes) if any(u not in inside for u in n.users)]
+
+
+def _isomorphic_runs(
+    nodes: Sequence[fx.Node], stretch: Stretch, keys: Mapping[fx.Node, int]
+) -> list[list[Isomorph]]:
+    """Match the blocks of a stretch; a block unlike its class starts a new one."""
+    blocks = [
+        nodes[stretch.start + k * stretch.period :][: stretch.period] for k in range(stretch.count)
+    ]
+    runs: list[list[Isomorph]] = []
+    # The second block is a better reference than the first, whose inputs may coincide.
+    pending = [blocks[1], blocks[0], *blocks[2:]]
+    for block in pending:
+        for run in runs:
+            match = _match(run[0], block, keys)
+            if match is not None:
+                run.append(match)
+                break
+        else:
+            runs.append([_reference(block)])
+    return [run for run in runs if len(run) > 1]
+
+
+def _reference(block: Sequence[fx.Node]) -> Isomorph:
+    inside = set(block)
+    inputs: dict[fx.Node, None] = {}
+    weights: dict[fx.Node, None] = {}
+    for node in block:
+        for source in _sources(node):
+            if source not in inside:
+                (weights if source.op == "get_attr" else inputs)[source] = None
+    return Isomorph(block, list(inputs), list(weights))
+
+
+def _match(
+    reference: Isomorph, block: Sequence[fx.Node], keys: Mapping[fx.Node, int]
+) -> Isomorph | None:
+    """Walk two blocks side by side; None at the first node that disagrees."""
+    image: dict[fx.Node, fx.Node] = dict(zip(reference.nodes, block, strict=True))
+    inside, outside = set(image), set(block)
+    for ours, theirs in zip(reference.nodes, block, strict=True):
+        if keys[ours] != keys[theirs]:
+            return None
+        for a, b in zip(_sources(ours), _sources(theirs), strict=True):
+            if (a in inside) != (b in outside):
+                return None
+            if a not in inside and (a.op == "get_attr") != (b.op == "get_attr"):
+                return None
+            if image.setdefault(a, b) is not b:
+                return None
+    weights = [image[node] for node in reference.weights]
+    if len(set(weights)) != len(weights):
+        return None  # weights tied here and not there: another class
+    return Isomorph(block, [image[node] for node in reference.inputs], weights)
+
+
+def _outline(program: Program, groups: list[list[Isomorph]]) -> Program:
+    """Move each group's nodes into a class graph and call it from a rebuilt main graph."""
+    graphs: dict[str, fx.Graph] = {}
+    instances: dict[str, Instance] = {}
+    at: dict[fx.Node, tuple[str, Isomorph, list[int]]] = {}
+    owned: set[fx.Node] = set()
+    for group in groups:
+        block = f"block{len(graphs)}"
+        outputs = sorted({position for iso in group for position in iso.escaping()})
+        slots = _slots(group)
+        graphs[block] = _class_graph(group[0], outputs, slots)
+        for iso in group:
+            name = _unique(iso.path, instances)
+            instances[name] = Instance(
+                block, {s: str(w.target) for s, w in zip(slots, iso.weights, strict=True)}
+            )
+            at[iso.nodes[0]] = (name, iso, outputs)
+            owned.update(iso.nodes)
+    main = _main_graph(program.main, at, owned)
+    ordered = {str(n.target): instances[str(n.target)] for n in main.nodes if n.op == "call_module"}
+    return program.with_(graphs={MAIN: main, **graphs}, instances=ordered)
+
+
+def _class_graph(iso: Isomorph, outputs: list[int], slots: list[str]) -> fx.Graph:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(iso.inputs):
+        env[node] = graph.placeholder(f"x{index}" if len(iso.inputs) > 1 else "x")
+        env[node].meta = dict(node.meta)
+    for slot, node in zip(slots, iso.weights, strict=True):
+        env[node] = graph.get_attr(slot)
+        env[node].meta = dict(node.meta)
+    prefix = iso.path
+    for node in iso.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta["local_path"] = module_path(node).removeprefix(prefix).strip(".")
+    graph.output(tuple(env[iso.nodes[i]] for i in outputs))
+    return graph
+
+
+def _main_graph(
+    old: fx.Graph, at: dict[fx.Node, tuple[str, Isomorph, list[int]]], owned: set[fx.Node]
+) -> fx.Graph:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in old.nodes:
+        if node in at:
+            name, iso, outputs = at[node]
+            call_block(
+                graph, name, [env[n] for n in iso.inputs], [iso.nodes[i] for i in outputs], env
+            )
+        if node in owned or (node.op == "get_attr" and all(u in owned for u in node.users)):
+            continue
+        env[node] = graph.node_copy(node, env.__getitem__)
+    return graph
+
+
+def call_block(
+    graph: fx.Graph,
+    name: str,
+    inputs: list[fx.Node],
+    results: list[fx.Node],
+    env: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    """Append a call of instance `name`; map each of `results` to a node that picks it."""
+    call = graph.call_module(name, tuple(inputs))
+    call.meta["val"] = tuple(result.meta["val"] for result in results)
+    for index, result in enumerate(results):
+        env[result] = graph.call_function(operator.getitem, (call, index))
+        env[result].meta = {"val": result.meta["val"]}
+    return call
+
+
+def _slots(group: list[Isomorph]) -> list[str]:
+    """Name the weights of a class by their path below the block, as its first instance does."""
+    iso = group[0]
+    prefix = iso.path
+    names: dict[str, None] = {}
+    for weight in iso.weights:
+        target = str(weight.target)
+        local = target.removeprefix(f"{prefix}.") if prefix else target
+        names[_unique(local, names)] = None
+    return list(names)
+
+
+def _unique(name: str, taken: object) -> str:
+    name, count = name or "block", 1
+    candidate = name
+    while candidate in taken:  # type: ignore[operator]
+        candidate, count = f"{name}#{count}", count + 1
+    return candidate
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """Return argument nodes with repeats, in argument order."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n))
+    return found
+
+
+def _node_key(node: fx.Node) -> object:
+    """Say what a node does, without saying to which values."""
+
+    def place(source: fx.Node) -> object:
+        kind = "weight" if source.op == "get_attr" else "value"
+        return (kind, describe(source.meta.get("val")))
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), place)  # type: ignore[arg-type]
+    return (str(node.target), repr(args), repr(kwargs), repr(describe(node.meta.get("val"))))
+
+
+def _intern(items: Sequence[object]) -> list[int]:
+    table: dict[object, int] = {}
+    return [table.setdefault(item, len(table)) for item in items]

@@ -1,0 +1,55 @@
+"""Structural ops: what ATen has no word for, one file each.
+
+A file defines the op with `torch.library.custom_op` in the namespace `blockwright`: the reference
+is the meaning, the fake gives shapes, and `OPS` below says what it costs. Importing this package
+registers them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import int8_linear, quantized_embedding, quantized_linear
+
+Shape = tuple[int, ...]
+Shapes = list[Shape]
+
+
+@dataclass(frozen=True)
+class StructuralOp:
+    """What the framework knows of an op beside its meaning.
+
+    Attributes:
+        overload: The `torch.ops.blockwright.*.default` overload.
+        flops: FLOPs of one call by itemised kind, from concrete shapes of its tensor arguments
+            and its output.
+        weights: Weights a call stands for, which are no parameters of their own once they are
+            stored as codes; from the same shapes.
+        backends: Backends that lower it.
+    """
+
+    overload: Any
+    flops: Callable[[Shapes, Shape], Mapping[str, int]]
+    weights: Callable[[Shapes, Shape], int]
+    backends: frozenset[str]
+
+
+EVERYWHERE = frozenset({"eager", "inductor", "onnxruntime"})
+
+OPS: Mapping[str, StructuralOp] = {
+    str(op.overload): op
+    for op in (
+        StructuralOp(
+            quantized_linear.OP, quantized_linear.flops, quantized_linear.weights, EVERYWHERE
+        ),
+        StructuralOp(int8_linear.OP, int8_linear.flops, int8_linear.weights, EVERYWHERE),
+        StructuralOp(
+            quantized_embedding.OP,
+            quantized_embedding.flops,
+            quantized_embedding.weights,
+            EVERYWHERE,
+        ),
+    )
+}

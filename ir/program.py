@@ -1,0 +1,181 @@
+"""A captured model: graphs, the weights they name, and how they are called.
+
+One class, many instances. Repeated blocks are one graph; the main graph calls them:
+
+    main:     x -> call "layers.0" -> call "layers.1" -> ...      instance -> class, weights
+    class:    the block once; a `get_attr` node is a *slot* an instance fills with a tensor name
+
+Graphs are frozen once they are in a Program. A change copies the graphs it touches, shares
+everything else, and gives a new Program; the old one stays as it was, so rollback costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
+
+from .errors import OptionError
+from .signature import Signature
+
+if TYPE_CHECKING:
+    from .cost import Cost
+
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One occurrence of a block class.
+
+    Attributes:
+        block: Name of the class, a key of `Program.graphs`.
+        weights: Tensor name of every slot of the class graph.
+    """
+
+    block: str
+    weights: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """A value that lives from call to call, threaded through the graph.
+
+    Attributes:
+        name: Tensor of that name holds the initial value.
+        input: Placeholder that receives the current value.
+        output: Index of the next value among the main graph's outputs.
+    """
+
+    name: str
+    input: str
+    output: int
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A model as data.
+
+    Attributes:
+        graphs: The graph `main` and one graph per block class. Never edit them in place.
+        instances: Block instances by the name that main's `call_module` nodes call.
+        tensors: Parameters, buffers and constants by their name in the model. One name per
+            storage: other names of a tied tensor are in `aliases`.
+        signature: Arguments and result.
+        aliases: Further names of tied tensors, to the name used in the graphs.
+        parameters: Names in `tensors` that are parameters; the rest are buffers and constants.
+        state: Values that live from call to call.
+        notes: What capture left out or changed, in words, for the report.
+    """
+
+    graphs: Mapping[str, fx.Graph]
+    tensors: Mapping[str, Tensor]
+    signature: Signature
+    instances: Mapping[str, Instance] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
+    state: tuple[StateSlot, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> fx.Graph:
+        """The graph a call runs."""
+        return self.graphs[MAIN]
+
+    def with_(self, **changes: object) -> Program:
+        """Return a program that differs in the given attributes and shares the rest."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def instances_of(self, block: str) -> list[str]:
+        """Name the instances of a class, in execution order."""
+        return [name for name in self.instances if self.instances[name].block == block]
+
+    def calls(self) -> Iterator[fx.Node]:
+        """Yield main's calls of block instances, in execution order."""
+        return (node for node in self.main.nodes if node.op == "call_module")
+
+    def weight(self, slot: str, instance: str | None = None) -> Tensor:
+        """Return the tensor behind a `get_attr` node's target.
+
+        Args:
+            slot: Target of the node.
+            instance: Block instance the node is looked at through; None for the main graph.
+        """
+        name = self.instances[instance].weights[slot] if instance else slot
+        return self.tensors[name]
+
+    def nodes(self) -> int:
+        """Count the nodes a flat graph would have, calls replaced by what they call."""
+        sizes = {name: len(graph.nodes) for name, graph in self.graphs.items()}
+        blocks = sum(sizes[instance.block] for instance in self.instances.values())
+        return sizes[MAIN] + blocks
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size each symbolic dimension had in the example inputs."""
+        from .shapes import example_sizes
+
+        return example_sizes(self)
+
+    def cost(self, sizes: Mapping[str, int] | None = None) -> Cost:
+        """Count parameters, FLOPs and bytes; see `blockwright.ir.cost`."""
+        from .cost import program_cost
+
+        return program_cost(self, sizes) if sizes else self._example_cost
+
+    @cached_property
+    def _example_cost(self) -> Cost:
+        from .cost import program_cost
+
+        return program_cost(self)
+
+    def text(self) -> str:
+        """Return the program as text that reads as Python; see `blockwright.ir.text`."""
+        from .text import program_text
+
+        return program_text(self)
+
+    def structure_hash(self) -> str:
+        """Hash graphs and weight shapes, not weight values: 16 hexadecimal digits."""
+        return hashlib.sha256(self.text().encode()).hexdigest()[:16]
+
+    def module(self) -> fx.GraphModule:
+        """Return a flat `nn.Module` over shared weights, for execution, training or re-export.
+
+        It takes the tensors of `signature.inputs` (then state) and returns a tuple.
+        """
+        from .flatten import to_module
+
+        return to_module(self)
+
+    def is_shared(self, slot: str, instance: str | None = None) -> bool:
+        """Whether more than one place of the model reads a tensor."""
+        name = self.instances[instance].weights[slot] if instance else slot
+        return self._readers[name] > 1
+
+    @cached_property
+    def _readers(self) -> Counter[str]:
+        """How many slots and main nodes read each tensor."""
+        readers = Counter(str(node.target) for node in self.main.nodes if node.op == "get_attr")
+        for instance in self.instances.values():
+            readers.update(instance.weights.values())
+        return readers
+
+    def unused_tensors(self) -> set[str]:
+        """Name tensors that no graph reads and no state holds."""
+        return set(self.tensors) - self._readers.keys() - {slot.name for slot in self.state}
+
+    def require(self, tensor: str) -> Tensor:
+        """Return a tensor by any of its names.
+
+        Raises:
+            OptionError: The program has no such tensor.
+        """
+        found = self.tensors.get(self.aliases.get(tensor, tensor))
+        if found is None:
+            raise OptionError(f"the program has no tensor {tensor!r}.")
+        return found

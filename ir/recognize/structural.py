@@ -1,0 +1,59 @@
+"""Calls of structural ops, for backends that put something faster in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, fx
+
+from ..ops import OPS
+from ..regions import Region, local_path, unique_paths
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StructuralCall(Region):
+    """One call of a structural op on a value, all other tensors being weights."""
+
+    kind: ClassVar[str] = "structural call"
+
+    @property
+    def op(self) -> str:
+        """Name of the op, a key of `OPS`."""
+        return str(self.nodes[0].target)
+
+    @property
+    def input(self) -> Tensor:
+        """The value as the graph records it: type and symbolic shape, no data."""
+        value = self.inputs[0].meta["val"]
+        assert isinstance(value, Tensor)
+        return value
+
+    def arguments(self) -> dict[str, Any]:
+        """Return weights, as this instance has them, and literals by argument name."""
+        return {
+            name: self.tensor(value) if isinstance(value, fx.Node) else value
+            for name, value in _named(self.nodes[0]).items()
+            if value is not self.inputs[0]
+        }
+
+    @classmethod
+    def find(cls, graph: fx.Graph) -> list[Self]:
+        """Return every call of a structural op that reads one value and weights."""
+        found = [(node, _values(node)) for node in graph.nodes if str(node.target) in OPS]
+        calls = [(node, values[0]) for node, values in found if len(values) == 1]
+        paths = unique_paths([local_path(node) for node, _ in calls])
+        return [
+            cls(path=path, nodes=(node,), inputs=(value,), outputs=(node,))
+            for (node, value), path in zip(calls, paths, strict=True)
+        ]
+
+
+def _values(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that are computed, as opposed to stored."""
+    return [argument for argument in node.all_input_nodes if argument.op != "get_attr"]
+
+
+def _named(node: fx.Node) -> dict[str, Any]:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

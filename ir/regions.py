@@ -1,0 +1,125 @@
+"""Regions: the parts of a model that passes ask for.
+
+A region is found once per graph, so once per *class* of blocks, and then looked at through each
+instance: `region.weight` is that instance's tensor. Finders work on dataflow alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx
+
+from .graphs import module_path
+from .program import MAIN, Program
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Region:
+    """A set of nodes with a role.
+
+    Attributes:
+        path: Module path below the block (or the root), unique among the graph's regions.
+        nodes: The nodes a replacement takes the place of, in graph order.
+        inputs: Outside values the nodes read, weights not counted.
+        outputs: Values that nodes outside may read.
+        graph: Key of the graph in the program.
+        instance: Block instance the region is looked at through; None in the main graph.
+        program: Where it was found.
+    """
+
+    path: str
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    graph: str = MAIN
+    instance: str | None = None
+    program: Program = field(repr=False, default=None)  # type: ignore[assignment]
+
+    kind: ClassVar[str] = "region"
+
+    @property
+    def label(self) -> str:
+        """Name the region within the model, as in `encoder.layer.3.output.dense`."""
+        return ".".join(part for part in (self.instance, self.path) if part)
+
+    @classmethod
+    def find(cls, graph: fx.Graph) -> list[Self]:
+        """Return all regions of this kind in a graph, in execution order."""
+        raise NotImplementedError
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        """Return the weight behind a `get_attr` node, as this instance has it."""
+        return self.program.weight(str(node.target), self.instance)
+
+    def replay(self, inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
+        """Run the region's nodes, as this instance has them, on the values of its inputs.
+
+        Args:
+            inputs: One value per entry of `inputs`.
+            dtype: Compute floating-point values in this type; None keeps each as it is.
+        """
+        from .run import run_nodes
+
+        known = dict(zip(self.inputs, inputs, strict=True))
+        env = run_nodes(self.program, self.nodes, known, self.instance, dtype)
+        return [env[node] for node in self.outputs]
+
+    def bind(self, program: Program, graph: str, instance: str | None) -> Self:
+        """Return the same region looked at through an instance."""
+        bound = copy.copy(self)
+        bound.__dict__.update(program=program, graph=graph, instance=instance)
+        return bound
+
+
+R = TypeVar("R", bound=Region)
+
+# Graphs never change once they are in a Program, so what was found in one stays true.
+_found: WeakKeyDictionary[fx.Graph, dict[type[Region], list[Region]]] = WeakKeyDictionary()
+
+
+def regions(program: Program, *kinds: type[R]) -> Iterator[R]:
+    """Yield the regions of the given kinds in the whole program, in execution order."""
+    per_class = {
+        key: [region for kind in kinds for region in _find(graph, kind)]
+        for key, graph in program.graphs.items()
+    }
+    in_main: dict[fx.Node, list[R]] = {}
+    for region in per_class[MAIN]:
+        in_main.setdefault(region.nodes[0], []).append(region)
+    for node in program.main.nodes:
+        for region in in_main.get(node, ()):
+            yield region.bind(program, MAIN, None)
+        if node.op == "call_module":
+            name = str(node.target)
+            block = program.instances[name].block
+            for region in per_class[block]:
+                yield region.bind(program, block, name)
+
+
+def local_path(node: fx.Node) -> str:
+    """Return a node's module path below its block, or below the root in the main graph."""
+    return str(node.meta.get("local_path", module_path(node)))
+
+
+def unique_paths(paths: list[str]) -> list[str]:
+    """Number repeated paths: `a`, `a#1`, ..."""
+    seen: dict[str, int] = {}
+    result: list[str] = []
+    for path in paths:
+        count = seen.get(path, 0)
+        seen[path] = count + 1
+        result.append(f"{path}#{count}" if count else path)
+    return result
+
+
+def _find(graph: fx.Graph, kind: type[R]) -> list[R]:
+    cache = _found.setdefault(graph, {})
+    if kind not in cache:
+        cache[kind] = list(kind.find(graph))
+    return cache[kind]  # type: ignore[return-value]

@@ -1,0 +1,129 @@
+"""A program as text that reads as Python, keeps its names under unrelated edits, and diffs well.
+
+Values are named after the module they come from, weights by their path, and every line says type
+and shape. Each block class stands once, with the instances it serves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .graphs import output_nodes
+from .program import MAIN, Program
+from .regions import local_path
+from .shapes import dim, dims
+
+_TYPES = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
+    torch.uint8: "u8", torch.bool: "bool",
+}  # fmt: skip
+_WIDTH = 72  # column of the type comment
+
+
+def program_text(program: Program) -> str:
+    """Return the whole program as text."""
+    parts = [_graph_text(program, MAIN)]
+    parts += [_graph_text(program, key) for key in sorted(program.graphs) if key != MAIN]
+    return "\n\n".join(parts) + "\n"
+
+
+def diff_text(old: Program, new: Program, names: tuple[str, str] = ("old", "new")) -> str:
+    """Return a unified diff of two programs' texts; empty when they agree."""
+    lines = difflib.unified_diff(
+        program_text(old).splitlines(), program_text(new).splitlines(), *names, lineterm="", n=2
+    )
+    return "\n".join(lines)
+
+
+def _graph_text(program: Program, key: str) -> str:
+    graph, symbols = program.graphs[key], program.signature.symbols
+    names = value_names(graph, symbols)
+    lines: list[str] = []
+    if key != MAIN:
+        served = program.instances_of(key)
+        ends = served[0] if len(served) == 1 else f"{served[0]} .. {served[-1]}"
+        lines.append(f"# {len(served)} x {ends}")
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    lines.append(f"def {key}({', '.join(names[node] for node in inputs)}):")
+    lines += [_line(f"    # {names[n]}:", _kind(n.meta.get("val"), symbols)) for n in inputs]
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_module"):
+            text = f"    {names[node]} = {_call(program, node, names)}"
+            lines.append(_line(text, _kind(node.meta.get("val"), symbols)))
+    lines.append(f"    return {', '.join(names[node] for node in output_nodes(graph))}")
+    return "\n".join(lines)
+
+
+def value_names(graph: fx.Graph, symbols: Mapping[str, str]) -> dict[fx.Node, str]:
+    """Name every value after its module; weights by their slot, sizes by their symbol."""
+    nodes = [node for node in graph.nodes if node.op in ("call_function", "call_module")]
+    per_path = Counter(local_path(node) for node in nodes)
+    used: Counter[str] = Counter()
+    names: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            names[node] = str(node.target)
+        elif node.op == "placeholder":
+            names[node] = node.name
+            used[node.name] += 1
+        elif node.op != "output":
+            path, value = local_path(node), node.meta.get("val")
+            last = path.rpartition(".")[2].replace("#", "_")
+            alone = per_path[path] == 1 and not last.isdigit()
+            base = last if last and alone else "_".join(filter(None, (last, _op(node))))
+            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+                base = str(dim(value, symbols))
+            base = f"v_{base}" if base[0].isdigit() else base
+            used[base] += 1
+            names[node] = base if used[base] == 1 else f"{base}_{used[base] - 1}"
+    return names
+
+
+def _call(program: Program, node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    if node.target is operator.getitem:
+        return f"{_text(node.args[0], names)}[{_text(node.args[1], names)}]"
+    arguments = [_text(value, names) for value in node.args]
+    arguments += [f"{name}={_text(value, names)}" for name, value in node.kwargs.items()]
+    if node.op == "call_module":
+        name = str(node.target)
+        return f"{program.instances[name].block}[{name}]({', '.join(arguments)})"
+    return f"{_op(node)}({', '.join(arguments)})"
+
+
+def _op(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return "call"
+    target: Any = node.target
+    name = target._schema.name if hasattr(target, "_schema") else target.__name__
+    return str(name).rpartition("::")[2]
+
+
+def _text(value: Any, names: Mapping[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_text(item, names) for item in value)}]"
+    return str(value).removeprefix("torch.")
+
+
+def _kind(value: Any, symbols: Mapping[str, str]) -> str:
+    if isinstance(value, Tensor):
+        shape = ", ".join(map(str, dims(value, symbols)))
+        return f"{_TYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{shape}]"
+    if isinstance(value, torch.SymInt):
+        return str(dim(value, symbols))
+    if isinstance(value, Sequence):
+        return ", ".join(_kind(item, symbols) for item in value)
+    return ""
+
+
+def _line(text: str, comment: str) -> str:
+    return f"{text:<{_WIDTH}}  # {comment}" if comment else text

@@ -1,0 +1,260 @@
+"""Check what must hold of every program, after capture and after every pass.
+
+Graphs do not change once they are in a Program, so a graph found sound stays sound: only new
+graphs are looked at, and what an op does to shapes is derived once per op and argument shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, fx
+
+from .errors import VerifyError
+from .graphs import output_nodes
+from .program import MAIN, Program
+from .regions import local_path
+from .shapes import describe, fake_mode
+
+_LITERALS = (
+    int, float, bool, str, complex, type(None),
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+# Remembered per graph, for as long as the graph lives: graphs in a Program never change.
+_sound: WeakSet[fx.Graph] = WeakSet()
+_interfaces: WeakKeyDictionary[fx.Graph, _Interface] = WeakKeyDictionary()
+_call_lists: WeakKeyDictionary[fx.Graph, list[tuple[fx.Node, list[Any], list[Any]]]] = (
+    WeakKeyDictionary()
+)
+_derived: dict[Any, Any] = {}
+
+
+def verify(program: Program, *, by: str = "capture") -> None:
+    """Check the invariants of a program.
+
+    Args:
+        program: What to check.
+        by: What made it, named in errors.
+
+    Raises:
+        VerifyError: An invariant is broken; the message names node and module path.
+    """
+    for key, graph in program.graphs.items():
+        if graph not in _sound:
+            check_order(graph, key, by)
+            check_shapes(graph, key, by)
+            _sound.add(graph)
+    _check_signature(program, by)
+    _check_calls(program, by)
+    _check_weights(program, by)
+
+
+def check_order(graph: fx.Graph, key: str, by: str) -> None:
+    """Check names, topological order, use lists and literal arguments of a graph."""
+    seen: set[fx.Node] = set()
+    names: set[str] = set()
+    for node in graph.nodes:
+        if node.name in names:
+            raise _error(by, f"two nodes are called {node.name}", key, node)
+        names.add(node.name)
+        for source in node.all_input_nodes:
+            if source not in seen:
+                raise _error(
+                    by, f"{node.name} reads {source.name} before it is computed", key, node
+                )
+            if node not in source.users:
+                raise _error(by, f"{source.name} does not list {node.name} as user", key, node)
+        for user in node.users:
+            if node not in user.all_input_nodes:
+                raise _error(
+                    by, f"{node.name} lists {user.name}, which does not read it", key, node
+                )
+        _check_literals(node, (node.args, node.kwargs), key, by)
+        seen.add(node)
+    stray = [user for node in graph.nodes for user in node.users if user not in seen]
+    if stray:
+        raise _error(by, f"{stray[0].name} reads the graph from outside", key, stray[0])
+
+
+def check_shapes(graph: fx.Graph, key: str, by: str) -> None:
+    """Derive every value's shape and type again and compare them with what is recorded."""
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        recorded = node.meta.get("val")
+        if node.op == "output":
+            continue
+        if recorded is None:
+            raise _error(by, f"{node.name} records no shape", key, node)
+        values[node] = recorded
+        if node.op != "call_function":
+            continue
+        try:
+            values[node] = _derive(node, values)
+        except Exception as error:
+            raise _error(by, f"{node.name} cannot run: {error}", key, node) from error
+        if describe(values[node]) != describe(recorded):
+            raise _error(
+                by,
+                f"{node.name} is recorded as {describe(recorded)} and gives"
+                f" {describe(values[node])}",
+                key,
+                node,
+            )
+
+
+def _derive(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Run a node on fake values; remember the answer by op and arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    mode = fake_mode(node.graph)
+    key = (node.target, id(mode), _layout(args), _layout(kwargs))
+    if key not in _derived:
+        assert callable(node.target)
+        with mode, torch.no_grad():
+            _derived[key] = (mode, node.target(*args, **kwargs))  # keeps the mode's id its own
+    return _derived[key][1]
+
+
+def _layout(value: Any) -> Any:
+    """Everything about an argument that a shape rule may look at, hashable."""
+    if isinstance(value, Tensor):
+        stride = value.stride() if value.layout == torch.strided else ()
+        return ("tensor", describe(value), tuple(map(describe, stride)))
+    if isinstance(value, tuple | list):
+        return tuple(map(_layout, value))
+    if isinstance(value, Mapping):
+        return tuple((name, _layout(item)) for name, item in value.items())
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return describe(value) if symbolic else (type(value).__name__, str(value))
+
+
+def _check_signature(program: Program, by: str) -> None:
+    inputs = [node.name for node in program.main.nodes if node.op == "placeholder"]
+    expected = {spec.name for spec in program.signature.inputs}
+    expected |= {slot.input for slot in program.state}
+    if set(inputs) != expected:
+        raise VerifyError(
+            f"{by} changed the inputs from {sorted(expected)} to {sorted(inputs)}.",
+            remedy="keep the placeholders of the main graph.",
+        )
+    count = program.signature.outputs.leaves - len(program.signature.constants)
+    found = len(output_nodes(program.main))
+    if found != count + len(program.state):
+        raise VerifyError(f"{by} changed the number of outputs from {count} to {found}.")
+
+
+def _check_calls(program: Program, by: str) -> None:
+    """Check that calls and classes agree about what goes in and out."""
+    called: set[str] = set()
+    for call, takes, gives in _calls(program.main):
+        name = str(call.target)
+        instance = program.instances.get(name)
+        if instance is None or instance.block not in program.graphs:
+            raise _error(by, f"{name} is called and is no block instance", MAIN, call)
+        if name in called:
+            raise _error(by, f"{name} is called twice", MAIN, call)
+        called.add(name)
+        interface = _interface(program.graphs[instance.block])
+        if takes != interface.inputs:
+            raise _error(by, f"{name} is called with other values than it takes", MAIN, call)
+        if gives != interface.outputs:
+            raise _error(by, f"{name} returns other values than recorded", MAIN, call)
+    lost = program.instances.keys() - called
+    if lost:
+        raise VerifyError(f"{by} left instances that nobody calls: {sorted(lost)}.")
+
+
+def _check_weights(program: Program, by: str) -> None:
+    """Check that every slot holds a tensor of its shape, and that no tensor is held twice."""
+    for slot, shape, dtype, node in _interface(program.main).slots:
+        _check_slot(program, slot, shape, dtype, by, node, MAIN)
+    for name, instance in program.instances.items():
+        slots = _interface(program.graphs[instance.block]).slots
+        if len(slots) != len(instance.weights):
+            surplus = instance.weights.keys() ^ {slot for slot, *_ in slots}
+            raise VerifyError(f"{by} left slots {sorted(surplus)} unmatched.", where=name)
+        for slot, shape, dtype, node in slots:
+            _check_slot(program, instance.weights.get(slot), shape, dtype, by, node, name)
+    holders: dict[int, str] = {}
+    for name, tensor in program.tensors.items():
+        address = tensor.data_ptr() if tensor.device.type != "meta" else 0
+        other = holders.setdefault(address, name) if address else name
+        if other != name and _same_layout(tensor, program.tensors[other]):
+            raise VerifyError(f"{by} untied {name} and {other}, which share memory.")
+
+
+def _check_slot(
+    program: Program,
+    name: str | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    by: str,
+    node: fx.Node,
+    where: str,
+) -> None:
+    tensor = program.tensors.get(name or "")
+    if tensor is None:
+        raise _error(
+            by, f"{node.name} names the tensor {name!r}, which does not exist", where, node
+        )
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise _error(by, f"{name} is {list(tensor.shape)}, its slot is {list(shape)}", where, node)
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """What a graph takes and gives, and the weights it reads."""
+
+    inputs: list[Any]
+    outputs: list[Any]
+    slots: list[tuple[str, tuple[int, ...], torch.dtype, fx.Node]]
+
+
+def _interface(graph: fx.Graph) -> _Interface:
+    if graph not in _interfaces:
+        slots = [
+            (str(n.target), tuple(n.meta["val"].shape), n.meta["val"].dtype, n)
+            for n in graph.nodes
+            if n.op == "get_attr"
+        ]
+        _interfaces[graph] = _Interface(
+            [describe(n.meta["val"]) for n in graph.nodes if n.op == "placeholder"],
+            [describe(n.meta["val"]) for n in output_nodes(graph)],
+            slots,
+        )
+    return _interfaces[graph]
+
+
+def _calls(main: fx.Graph) -> list[tuple[fx.Node, list[Any], list[Any]]]:
+    """Return every call with what it passes and what it is recorded to return."""
+    if main not in _call_lists:
+        _call_lists[main] = [
+            (n, [describe(a.meta["val"]) for a in n.args], list(map(describe, n.meta["val"])))
+            for n in main.nodes
+            if n.op == "call_module"
+        ]
+    return _call_lists[main]
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def _check_literals(node: fx.Node, value: Any, key: str, by: str) -> None:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            _check_literals(node, item, key, by)
+    elif isinstance(value, slice):
+        _check_literals(node, (value.start, value.stop, value.step), key, by)
+    elif not isinstance(value, (fx.Node, *_LITERALS)):
+        raise _error(by, f"{node.name} holds a {type(value).__name__}, which is no data", key, node)
+
+
+def _error(by: str, what: str, key: str, node: fx.Node) -> VerifyError:
+    place = ".".join(part for part in (key, local_path(node)) if part)
+    return VerifyError(f"{by} left a broken graph: {what}.", where=f"{place} (node {node.name})")

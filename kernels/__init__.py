@@ -1,0 +1,1 @@
+"""Fast implementations of the structural ops, each beside its reference."""
