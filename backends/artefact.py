@@ -37,6 +37,7 @@ WEIGHTS, GRAPH = "weights.safetensors", "graph.json"
 PLAN, CERTIFICATE, REPORT = "plan.json", "certificate.json", "report.html"
 _OWN = {WEIGHTS, GRAPH, PLAN, CERTIFICATE, REPORT}
 _PLANNED = ("pass", "options", "plan")
+_FIELDS = {"format", "version", "files", "made_by", "backend", "recipe", "structure"}
 
 
 def save(engine: Engine, path: str | Path) -> None:
@@ -115,6 +116,8 @@ def _about(engine: Engine) -> dict[str, Any]:
 
 def _load(folder: Path, backend: str | None, trust: bool) -> Engine:
     manifest, entries = container.read(folder)
+    for field in manifest.keys() ^ _FIELDS:
+        raise ArtefactError(f"the manifest has one field too many or too few, {field[:80]!r}.")
     try:
         made_for, options = str(manifest["backend"]["name"]), dict(manifest["backend"]["options"])
         tensors = weights.read(folder / entries[WEIGHTS].file)
@@ -176,8 +179,14 @@ def split_record(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def join_record(plan: Mapping[str, Any], certificate: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `split_record`."""
-    if "steps" not in plan:
+    """Undo `split_record`.
+
+    Raises:
+        ValueError: The two do not belong together.
+    """
+    if not isinstance(plan, dict) or not plan.keys() <= {"steps"}:
+        raise ValueError("plan")
+    if "steps" not in plan and "steps" not in certificate:
         return dict(certificate)
     pairs = zip(plan["steps"], certificate["steps"], strict=True)
     return {**certificate, "steps": [{**decided, **measured} for decided, measured in pairs]}

@@ -117,4 +117,6 @@ def _bf16_rows(bits: int) -> int:
 
 def _in_range(codes: Tensor) -> bool:
     """Whether 16-bit sums of two products cannot saturate; no weight at all is left alone too."""
-    return codes.numel() > 0 and int(codes.max()) <= WEIGHT_LIMIT and int(codes.min()) >= -WEIGHT_LIMIT
+    return (
+        codes.numel() > 0 and int(codes.max()) <= WEIGHT_LIMIT and int(codes.min()) >= -WEIGHT_LIMIT
+    )

@@ -44,8 +44,9 @@ _compiling = threading.Lock()  # Inductor's settings are global to the process
 class InductorBackend(Backend):
     """Compiles programs for this CPU; takes tens of seconds.
 
-    Options beside `threads`: `activations`, see `cpu_ops`; `freezing` (true), pack weights while
-    compiling; `max_autotune` (false), measure C++ matrix kernels against the library's.
+    Options beside `threads`: `activations`, see `cpu_ops`; `freezing`, pack weights while compiling
+    (only for programs with integer layers when absent: they need it, and packed fp32 layers can be
+    slower); `max_autotune` (false), measure C++ matrix kernels against the library's.
     """
 
     name: ClassVar[str] = "inductor"
@@ -63,13 +64,16 @@ class InductorBackend(Backend):
         refuse_unsupported(program, self.name)
         folder = tempfile.TemporaryDirectory(prefix="blockwright-")
         path = Path(folder.name) / PACKAGE
-        exported = export(lower_structural(program, options, compiled=True))
+        prepared = lower_structural(program, options, compiled=True)
+        settings.setdefault("freezing", has_integer_layers(prepared))
+        exported = export(prepared)
         with _compiling, _threads(options.get("threads")), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                torch._inductor.aoti_compile_and_package(
-                    exported, package_path=str(path), inductor_configs=settings
-                )
+                with torch.no_grad():  # else it ignores `freezing`
+                    torch._inductor.aoti_compile_and_package(
+                        exported, package_path=str(path), inductor_configs=settings
+                    )
             except Exception as error:  # anything a compiler can raise
                 raise LoweringError(
                     f"inductor cannot compile the program: {_first_line(error)}",
@@ -170,13 +174,18 @@ def inductor_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     threads = options.get("threads")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise OptionError(f"inductor: threads={threads!r} is no number of threads; use 1 or more.")
-    return {
+    own = {name: options[name] for name in ("freezing", "max_autotune") if name in options}
+    return own | {
         "cpp.cxx": compiler(),
         "cpp.threads": threads or -1,
         "cpp.dynamic_threads": threads is None,
-        "freezing": options.get("freezing", True),
-        "max_autotune": options.get("max_autotune", False),
     }
+
+
+def has_integer_layers(program: Program) -> bool:
+    """Whether Inductor will find int8 layers as `CompiledInt8Linear` spells them."""
+    spelling = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    return any(node.target is spelling for graph in program.graphs.values() for node in graph.nodes)
 
 
 def compiler() -> str | None:

@@ -32,7 +32,9 @@ from .onnx_ops import STORED_AS, TRANSLATIONS
 OPSET = 23
 _IR_VERSION = 10
 _INLINE_BYTES = 1024  # smaller tensors are repeated inside the model
-_TARGET = re.compile(r"target=torch\.ops\.([\w.]+)|for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>")
+_TARGET = re.compile(
+    r"target=torch\.ops\.([\w.]+)|for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>"
+)
 
 
 def to_onnx(program: Program) -> onnx.ModelProto:
@@ -169,7 +171,7 @@ def _refer(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
         if name not in tensors or (stored is None and tensors[name].nbytes < _INLINE_BYTES):
             continue
         assert value.const_value is not None
-        dtype, shape = stored or (value.const_value.dtype, value.const_value.shape)
+        dtype, shape = stored or (value.const_value.dtype, tuple(tensors[name].shape))
         value.dtype, value.shape = dtype, ir.Shape(shape)
         value.const_value = ir.ExternalTensor(
             "weights", 0, tensors[name].nbytes, dtype, shape=value.shape, name=name

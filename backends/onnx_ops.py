@@ -1,8 +1,8 @@
 """How single ops become ONNX, where torch's own translation is missing or runs slowly.
 
-    int8_linear       x -> QuantizeLinear -> MatMulIntegerToFloat -> rescale     u8 x s8: the fast pair
-    quantized_linear  codes -> DequantizeLinear -> MatMul                        fuses to MatMulNBits
-    attention         Attention on [batch, seq, heads * head_dim]                no transposed copies
+    int8_linear        QuantizeLinear -> MatMulIntegerToFloat       u8 x s8, the fast pair
+    quantized_linear   DequantizeLinear -> MatMul                   fused to MatMulNBits
+    attention          Attention of [batch, seq, heads * head_dim]  no transposed copies
 
 Each function takes the arguments of its op, tensors as ONNX values, and is called while the model
 is translated. The names of `com.microsoft` are those of ONNX Runtime.
@@ -10,7 +10,7 @@ is translated. The names of `com.microsoft` are those of ONNX Runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -25,7 +25,10 @@ from ..ir.ops import quantized_linear as _weight_only
 
 STORED_AS: Final = "stored as"  # key in `Value.meta`: element type and shape behind raw bytes
 
-_CENTRE = 128  # unsigned code of zero; ONNX Runtime multiplies u8 x s8 six times faster than s8 x s8
+FLOAT = ir.DataType.FLOAT
+_CENTRE = (
+    128  # unsigned code of zero; ONNX Runtime multiplies u8 x s8 six times faster than s8 x s8
+)
 _TINY = 1e-37  # a row of zeros is divided by this instead of zero
 _MOST_FEATURES = 2**31 // (255 * _int8.WEIGHT_LIMIT)
 
@@ -34,16 +37,17 @@ def int8_linear(
     x: ir.Value, codes: ir.Value, scale: ir.Value, bias: ir.Value | None = None
 ) -> ir.Value:
     """Quantize each row of `x`, multiply integers, rescale."""
-    if int(codes.shape[0]) > _MOST_FEATURES:
-        raise NotImplementedError(f"sums over {codes.shape[0]} inputs overflow 32 bits")
-    dtype, x = x.dtype, _as_float(x)
+    features, _ = _sizes(codes)
+    if features > _MOST_FEATURES:
+        raise NotImplementedError(f"sums over {features} inputs overflow 32 bits")
+    dtype, x = _dtype(x), _as_type(x, FLOAT)
     last = _ints(-1)
     peak = op.Max(op.ReduceMax(x, last, keepdims=1), op.Neg(op.ReduceMin(x, last, keepdims=1)))
     step = op.Max(op.Div(peak, _float(127)), _float(_TINY))
+    rows = op.Reshape(_quantize_rows(x, features, step), op.Shape(x))
     centre = op.Constant(value=ir.tensor(_CENTRE, dtype=ir.DataType.UINT8))
-    rows = op.QuantizeLinear(op.Div(x, step), _float(1), centre)
-    product = _matmul_integer_to_float(rows, codes, _float(1), _as_float(scale), centre)
-    y = _as_type(op.Mul(product, step), dtype)
+    product = _matmul_integer_to_float(rows, codes, _float(1), _as_type(scale, FLOAT), centre)
+    y = _as_type(op.Mul(product, step), dtype, given=FLOAT)
     return y if bias is None else op.Add(y, bias)
 
 
@@ -57,21 +61,20 @@ def quantized_linear(
     group_size: int,
 ) -> ir.Value:
     """Multiply by the dequantized weight."""
-    groups, features = (int(size) for size in scale.shape)
-    inputs = int(x.shape[-1])
+    inputs, (groups, features) = _sizes(x)[-1], _sizes(scale)
     if bits == 4:
         kind = ir.DataType.INT4 if zero_point is None else ir.DataType.UINT4
         _store_as(codes, kind, (inputs, features))
         if zero_point is not None:
             _store_as(zero_point, kind, (groups, features))
     weight = op.DequantizeLinear(codes, scale, zero_point, axis=0, block_size=group_size)
-    y = op.MatMul(x, _as_type(weight, x.dtype, given=scale.dtype))
+    y = op.MatMul(x, _as_type(weight, _dtype(x), given=_dtype(scale)))
     return y if bias is None else op.Add(y, bias)
 
 
 def quantized_embedding(ids: ir.Value, codes: ir.Value, scale: ir.Value) -> ir.Value:
     """Gather rows of codes and their scales."""
-    rows = op.Cast(op.Gather(codes, ids), to=scale.dtype)
+    rows = op.Cast(op.Gather(codes, ids), to=_dtype(scale))
     return op.Mul(rows, op.Gather(scale, ids))
 
 
@@ -86,8 +89,9 @@ def attention(
     enable_gqa: bool = False,
 ) -> ir.Value:
     """Attend; heads stay side by side where they come that way."""
-    if dropout_p or len(query.shape) != 4:
-        raise NotImplementedError(f"attention of rank {len(query.shape)}, dropout {dropout_p}")
+    rank = len(_sizes(query))
+    if dropout_p or rank != 4:
+        raise NotImplementedError(f"attention of rank {rank} with dropout {dropout_p}")
     options: dict[str, Any] = {"is_causal": int(is_causal)}
     if scale is not None:
         options["scale"] = float(scale)
@@ -96,16 +100,28 @@ def attention(
     flat = [_heads_side_by_side(operand) for operand in operands]
     if any(operand is None for operand in flat):
         return op.Attention(*operands, mask, **options)[0]
-    heads, kv_heads, head_dim = query.shape[1], key.shape[1], value.shape[3]
+    heads, (_, kv_heads, _, head_dim) = _sizes(query)[1], _sizes(value)
     y = op.Attention(*flat, mask, q_num_heads=heads, kv_num_heads=kv_heads, **options)[0]
-    split = op.Reshape(y, _ints(0, 0, int(heads), int(head_dim)))
+    split = op.Reshape(y, _ints(0, 0, heads, head_dim))
     return op.Transpose(split, perm=[0, 2, 1, 3])
+
+
+def split(x: ir.Value, sizes: Sequence[int | ir.Value], dim: int = 0) -> Sequence[ir.Value]:
+    """Slice; torch's translation goes through a sequence, which copies every part once more."""
+    parts, start = [], _ints(0)
+    for size in sizes:
+        length = _ints(size) if isinstance(size, int) else op.Reshape(size, _ints(-1))
+        end = op.Add(start, length)
+        parts.append(op.Slice(x, start, end, _ints(dim)))
+        start = end
+    return parts
 
 
 TRANSLATIONS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     _int8.OP: int8_linear,
     _weight_only.OP: quantized_linear,
     _embedding.OP: quantized_embedding,
+    torch.ops.aten.split_with_sizes.default: split,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
 }
 
@@ -131,12 +147,20 @@ _matmul_integer_to_float = _microsoft(
 )
 
 
+def _quantize_rows(x: ir.Value, features: int, step: ir.Value) -> ir.Value:
+    """Divide the rows of a matrix by their steps and round, in one op instead of two."""
+    steps = op.Reshape(step, _ints(-1))
+    centre = ir.tensor([_CENTRE], dtype=ir.DataType.UINT8)
+    centres = op.ConstantOfShape(op.Shape(steps), value=centre)
+    return op.QuantizeLinear(op.Reshape(x, _ints(-1, features)), steps, centres, axis=0)
+
+
 def _heads_side_by_side(x: ir.Value) -> ir.Value | None:
-    """Return [batch, seq, heads * head_dim] for a value transposed to [batch, heads, seq, head_dim].
+    """Return [batch, seq, heads * head_dim] for [batch, heads, seq, head_dim] that a transpose made.
 
     None when it comes otherwise, or its heads cannot be counted.
     """
-    node, heads, head_dim = x.producer(), x.shape[1], x.shape[3]
+    node, (_, heads, _, head_dim) = x.producer(), _sizes(x)
     if node is None or node.op_type != "Transpose":
         return None
     if tuple(node.attributes["perm"].as_ints()) != (0, 2, 1, 3):
@@ -150,13 +174,10 @@ def _whole_mask(mask: ir.Value | None, query: ir.Value, key: ir.Value) -> ir.Val
     """Give a mask rank 4 and its full size in the last two dimensions, as ONNX Runtime wants it."""
     if mask is None:
         return None
-    rank = len(mask.shape)
-    if rank < 4:
-        mask_shape = mask.shape
-        mask = op.Unsqueeze(mask, _ints(*range(4 - rank)))
-    else:
-        mask_shape = mask.shape
-    if rank >= 2 and tuple(mask_shape[-2:]) == (query.shape[2], key.shape[2]):
+    sizes = _sizes(mask)
+    if len(sizes) < 4:
+        mask = op.Unsqueeze(mask, _ints(*range(4 - len(sizes))))
+    if sizes[-2:] == (_sizes(query)[2], _sizes(key)[2]):
         return mask
     rows, columns = op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3)
     return op.Expand(mask, op.Concat(_ints(1, 1), rows, columns, axis=0))
@@ -167,18 +188,24 @@ def _store_as(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> No
     value.meta[STORED_AS] = (dtype, shape)
 
 
-def _as_float(x: ir.Value) -> ir.Value:
-    return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+def _sizes(x: ir.Value) -> tuple[Any, ...]:
+    """Return a shape: integers, and symbols for dynamic sizes."""
+    assert x.shape is not None
+    return tuple(x.shape)
 
 
-def _as_type(
-    x: ir.Value, dtype: ir.DataType, given: ir.DataType = ir.DataType.FLOAT
-) -> ir.Value:
-    return x if dtype == given else op.Cast(x, to=dtype)
+def _dtype(x: ir.Value) -> ir.DataType:
+    assert x.dtype is not None
+    return x.dtype
+
+
+def _as_type(x: ir.Value, dtype: ir.DataType, given: ir.DataType | None = None) -> ir.Value:
+    """Cast, unless the value has the type; fresh values do not know theirs, so it is `given`."""
+    return x if (given or _dtype(x)) == dtype else op.Cast(x, to=dtype)
 
 
 def _float(value: float) -> ir.Value:
-    return op.Constant(value=ir.tensor(value, dtype=ir.DataType.FLOAT))
+    return op.Constant(value=ir.tensor(value, dtype=FLOAT))
 
 
 def _ints(*values: int) -> ir.Value:

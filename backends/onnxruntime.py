@@ -91,6 +91,7 @@ class OnnxRuntimeLowered(Lowered):
     """One session over a program's tensors.
 
     Attributes:
+        model: ONNX model, weights by name only.
         variant: How the session treats weight-only codes, a key of `VARIANTS`.
     """
 
@@ -101,7 +102,7 @@ class OnnxRuntimeLowered(Lowered):
         variant: str,
         options: Mapping[str, Any],
     ) -> None:
-        self.variant, self._model = variant, model
+        self.variant, self.model = variant, model
         self._weights = weight_values(model, program.tensors)  # the session does not own them
         self._session = open_session(model, self._weights, variant, options)
         self._inputs = [value.name for value in self._session.get_inputs()]
@@ -117,7 +118,7 @@ class OnnxRuntimeLowered(Lowered):
     def files(self, weights: WeightsFile) -> Files:
         from .onnx_model import placed
 
-        return Files(portable={MODEL_FILE: placed(self._model, weights, {_CHOSEN: self.variant})})
+        return Files(portable={MODEL_FILE: placed(self.model, weights, {_CHOSEN: self.variant})})
 
 
 def open_session(
@@ -140,7 +141,9 @@ def open_session(
     entries = {
         "session.intra_op.allow_spinning": "0",
         "session.qdq_matmulnbits_accuracy_level": str(options.get("accuracy_level", 1)),
-        "optimization.enable_gelu_approximation": str(int(options.get("gelu_approximation", False))),
+        "optimization.enable_gelu_approximation": str(
+            int(options.get("gelu_approximation", False))
+        ),
         **VARIANTS[variant],
     }
     for key, value in entries.items():
@@ -161,9 +164,7 @@ def open_session(
         ) from error
 
 
-def weight_values(
-    model: onnx.ModelProto, tensors: Mapping[str, Tensor]
-) -> dict[str, ort.OrtValue]:
+def weight_values(model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict[str, ort.OrtValue]:
     """Return the tensors a model refers to, as ONNX Runtime sees them; nothing is copied."""
     from .onnx_model import references
 
@@ -203,7 +204,9 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise OptionError(f"onnxruntime: {name}={options[name]!r} is none of {listed}.")
     threads = options.get("threads")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise OptionError(f"onnxruntime: threads={threads!r} is no number of threads; use 1 or more.")
+        raise OptionError(
+            f"onnxruntime: threads={threads!r} is no number of threads; use 1 or more."
+        )
 
 
 def find_spec(name: str) -> bool:

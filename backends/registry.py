@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from ..ir.errors import LoweringError, OptionError
 from .base import Backend
@@ -33,21 +34,26 @@ def get_backend(name: str) -> Backend:
         OptionError: There is none; the message lists those there are.
         LoweringError: Its package does not import.
     """
-    plugins = _plugins()
-    if name not in OURS and name not in plugins:
-        known = ", ".join(backend_names())
-        raise OptionError(f"there is no backend {name!r}.", remedy=f"use one of {known}.")
     try:
-        if name in OURS:
-            module, qualname = OURS[name]
-            factory = getattr(importlib.import_module(module, __package__), qualname)
-        else:
-            factory = plugins[name].load()
+        factory = _ours(name) if name in OURS else _brought(name)
     except (ImportError, AttributeError) as error:
         raise LoweringError(f"the backend {name} does not import: {error}.") from error
     backend = factory()
     assert isinstance(backend, Backend)
     return backend
+
+
+def _ours(name: str) -> Any:
+    module, qualname = OURS[name]
+    return getattr(importlib.import_module(module, __package__), qualname)
+
+
+def _brought(name: str) -> Any:
+    plugins = _plugins()
+    if name not in plugins:
+        known = ", ".join(backend_names())
+        raise OptionError(f"there is no backend {name!r}.", remedy=f"use one of {known}.")
+    return plugins[name].load()
 
 
 def _plugins() -> dict[str, EntryPoint]:

@@ -25,7 +25,7 @@ from .cli_calls import (
     write_tensors,
 )
 from .cli_inputs import parse_sizes
-from .cli_models import InputOptions, open_model, open_program
+from .cli_models import InputOptions, open_model, open_program, range_advice
 from .cli_options import (
     ArtefactArgument,
     Backend,
@@ -46,7 +46,7 @@ from .cli_view import progress, screen, show, show_json
 from .compile import compile as compile_model
 from .doctor import examine, version
 from .measure import compare
-from .recipe import resolve
+from .recipe import recipe_schema, resolve
 from .recipe_text import read_calls
 from .register import AnyPass, find_pass, pass_names
 
@@ -106,12 +106,14 @@ def compile_command(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")
     ] = False,
-    verify_each: Annotated[bool, typer.Option(help="Check the graph after each pass.")] = True,
+    no_verify_each: Annotated[
+        bool, typer.Option("--no-verify-each", help="Skip the check of the graph after each pass.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Rewrite a model by passes, check what they did, lower it and save the engine."""
-    with screen(as_json, debug), progress() as report:
+    with screen(as_json, debug), progress() as report, range_advice():
         steps = _recipe(recipe, passes)
         chosen = _options(threads, option)
         given = InputOptions(input_ or (), dynamic or (), vocab, seed)
@@ -124,7 +126,7 @@ def compile_command(
             calibration=[read_tensors(path) for path in calibration or ()] or None,
             backend=backend,
             options=chosen,
-            verify_each=verify_each,
+            verify_each=not no_verify_each,
             allow_nonfinite=allow_nonfinite,
             progress=report,
         )
@@ -166,11 +168,17 @@ def inspect(
 @app.command("passes")
 def passes_command(
     name: Annotated[str | None, typer.Argument(help="A pass to show in full.")] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of TOML recipes.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the passes, or show one with its options."""
     with screen(as_json, debug):
+        if schema:
+            show_json(recipe_schema())
+            return
         data = [tables.pass_data(find_pass(each)) for each in ([name] if name else pass_names())]
     if as_json:
         show_json(data[0] if name else data)
@@ -270,8 +278,8 @@ def bench(
 
 @app.command()
 def diff(
-    old: ModelArgument,
-    new: ModelArgument,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A model or saved engine.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Another.")],
     input_: Inputs = None,
     dynamic: DynamicSizes = None,
     vocab: Vocab = None,

@@ -7,7 +7,8 @@ from pathlib import Path
 from ..backends.artefact import load
 from ..backends.engine import Engine
 from ..ir.capture import capture
-from .cli_models import InputOptions, is_artefact, open_model
+from ..ir.program import Program
+from .cli_models import InputOptions, is_artefact, open_model, range_advice
 from .cli_view import Report
 from .compile import compile as compile_model
 from .register import AnyPass
@@ -22,13 +23,16 @@ def rivals(
     report: Report,
 ) -> dict[str, Engine]:
     """Return what to compare by name, the subject last, everything on one thread."""
+    report("capture", 0, 1)
     if is_artefact(model):
         saved = load(Path(model), backend=None if backend == "auto" else backend)
         program, inputs, backend = saved.program, None, saved.backend
     else:
         opened = open_model(model, given)
         inputs = opened.example_inputs
-        program = capture(opened.model, inputs, dynamic_shapes=opened.dynamic_shapes)
+        assert not isinstance(opened.model, Program)
+        with range_advice():
+            program = capture(opened.model, inputs, dynamic_shapes=opened.dynamic_shapes)
     engines: dict[str, Engine] = {}
     names = [name for name in map(str.strip, against.split(",")) if name]
     one_thread = {"threads": 1}

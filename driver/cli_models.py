@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from .cli_inputs import (
 )
 
 FORMS = "give a Hugging Face directory, file.py:factory, package.module:factory, or an artefact."
+_DIM = re.compile(r"^ *(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)$", re.MULTILINE)
+_FIXED = re.compile(r"^ *(\w+) = (\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,30 +55,32 @@ class Opened:
     """A model with its example call.
 
     Attributes:
-        model: The module.
+        model: The module, or the program of a saved engine.
         args: Positional arguments.
         kwargs: Keyword arguments.
         dynamic_shapes: As `torch.export.export` takes them.
     """
 
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    dynamic_shapes: dict[str, Any] | None
+    model: nn.Module | Program
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_shapes: dict[str, Any] | None = None
 
     @property
     def example_inputs(self) -> Any:
-        """The example call as `compile` and `capture` take it."""
-        return self.args or dict(self.kwargs)
+        """The example call as `compile` and `capture` take it; None for a saved engine's own."""
+        return self.args or dict(self.kwargs) or None
 
 
 def open_model(text: str, options: InputOptions) -> Opened:
-    """Load a model and make its example inputs.
+    """Load a model and make its example inputs; a saved engine has its own.
 
     Raises:
         OptionError: The text names no model, or the inputs are malformed.
         CaptureError: The directory does not load, or there are no example inputs.
     """
+    if is_artefact(text):
+        return Opened(load(Path(text), backend="eager").program)
     specs = [parse_input(spec) for spec in options.inputs]
     dynamic = parse_dynamic(options.dynamic)
     model = load_model(text)
@@ -99,10 +105,37 @@ def open_model(text: str, options: InputOptions) -> Opened:
 
 def open_program(text: str, options: InputOptions) -> Program:
     """Return the program of an artefact, or capture a model."""
-    if is_artefact(text):
-        return load(Path(text), backend="eager").program
     opened = open_model(text, options)
-    return capture(opened.model, opened.example_inputs, dynamic_shapes=opened.dynamic_shapes)
+    if isinstance(opened.model, Program):
+        return opened.model
+    with range_advice():
+        return capture(opened.model, opened.example_inputs, dynamic_shapes=opened.dynamic_shapes)
+
+
+@contextlib.contextmanager
+def range_advice() -> Iterator[None]:
+    """Say in the words of `--dynamic` what `torch.export` found out about dynamic sizes.
+
+    Raises:
+        CaptureError: As raised inside, with better advice where there is some.
+    """
+    try:
+        yield
+    except CaptureError as error:
+        suggested = str(error.__cause__).partition("Suggested fixes:")[2]
+        limits = {name: (low or "0", high) for name, low, high in _DIM.findall(suggested)}
+        fixed = dict(_FIXED.findall(suggested))
+        if not limits and not fixed:
+            raise
+        advice = []
+        if limits:
+            ranges = ",".join(f"{name}={low}..{high}" for name, (low, high) in limits.items())
+            advice.append(f"limit them: --dynamic {ranges}")
+        advice += [f"fix {name} at {size}, or give another example" for name, size in fixed.items()]
+        raise CaptureError(
+            f"the model does not allow every size of {', '.join([*limits, *fixed])}.",
+            remedy="; ".join(advice) + ".",
+        ) from error
 
 
 def is_artefact(text: str) -> bool:

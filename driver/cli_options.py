@@ -1,4 +1,7 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share.
+
+Help texts are rich markup: a bracket that means itself takes a backslash.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         metavar="NAME=TYPE[SIZES]",
-        help="An example input: ids=int64[2,16]. A named size is dynamic:"
-        " ids=int64[batch=2,seq=16]. Default: what the model offers.",
+        help="An example input: ids=int64\\[2,16]. A named size is dynamic:"
+        " ids=int64\\[batch=2,seq=16]. Repeatable. Default: what the model offers.",
     ),
 ]
 DynamicSizes = Annotated[
@@ -30,8 +33,8 @@ DynamicSizes = Annotated[
     typer.Option(
         "--dynamic",
         metavar="TEXT",
-        help="Name axes of inputs, input_ids:0=batch,1=seq (*:0=batch for all), or limit a named"
-        " size, batch=1..64,seq=2.. .",
+        help="Names axes of inputs: ids:0=batch,1=seq (*:0=batch for all). Limits named sizes:"
+        " batch=1..64,seq=2... Repeatable.",
     ),
 ]
 Vocab = Annotated[

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import RenderableType
-from rich.syntax import Syntax
 
 from ..backends.report import change, count, size
 from ..ir.program import Program
-from .cli_view import depth_for, grouped, table, titled
+from .cli_view import coloured_diff, depth_for, grouped, table, titled
 from .measure import Comparison
 from .options import describe, options_of, plain
 from .recipe_text import write
@@ -89,7 +88,7 @@ def program_view(data: Data) -> list[RenderableType]:
             ("name", "type", "shape"),
             [(n, i["dtype"], _shape(i["shape"], data)) for n, i in data["inputs"].items()],
         ),
-        titled("Outputs", ", ".join(path or "(one tensor)" for path in data["outputs"])),
+        titled("\nOutputs", ", ".join(path or "(one tensor)" for path in data["outputs"])),
     ]
     return parts + [f"note: {note}" for note in data["notes"]]
 
@@ -135,7 +134,7 @@ def pass_view(data: Data) -> list[RenderableType]:
     return [
         titled(data["name"], f"({data['promise']})\n{data['summary']}\n"),
         table("Options", ("name", "type", "default", "meaning"), rows),
-        *(titled(title, text) for title, text in data["notes"].items()),
+        *(titled(f"\n{title}", text) for title, text in data["notes"].items()),
     ]
 
 
@@ -182,9 +181,8 @@ def diff_view(text: str, old: Data, new: Data) -> list[RenderableType]:
         (name.replace("_", " "), show(old[name]), show(new[name]), change(old[name], new[name]))
         for name, show in _COUNTS.items()
     ]
-    body = Syntax(text, "diff", word_wrap=False, background_color="default")
     return [
-        body if text else "the graphs are the same.",
+        coloured_diff(text) if text else "the graphs are the same.",
         table("\nCost of one call", ("", "#old", "#new", "#change"), rows),
     ]
 

@@ -64,12 +64,13 @@ def show(*parts: RenderableType) -> None:
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     console = Console(width=PIPED_COLUMNS if piped else None)
     for part in parts:
-        console.print(part, markup=False, highlight=False)
+        whole_lines = isinstance(part, Text) and bool(part.no_wrap)
+        console.print(part, markup=False, highlight=False, soft_wrap=whole_lines)
 
 
 def titled(title: str, text: str) -> Text:
     """Return a paragraph after its title."""
-    return Text.assemble("\n", (title, "bold"), " ", text)
+    return Text.assemble((title, "bold"), " ", text)
 
 
 @contextlib.contextmanager
@@ -112,6 +113,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Iterable[object]]) 
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
     return Group(Text(title, style="bold"), made)
+
+
+def coloured_diff(text: str) -> Text:
+    """Return a unified diff in colour, its lines never broken."""
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    lines = [Text(line, style=colours.get(line[:1], "")) for line in text.splitlines()]
+    return Text("\n", no_wrap=True).join(lines)
 
 
 def grouped(counts: Mapping[str, int], depth: int) -> Counter[str]:

@@ -95,7 +95,7 @@ def compile(
         progress=progress,
     )
     record = {
-        "model": type(model).__name__ if isinstance(model, nn.Module) else str(model),
+        "model": Path(model).name if isinstance(model, str | Path) else type(model).__name__,
         "recipe": to_text(recipe),
         "notes": list(program.notes),
         "sizes": compiled.sizes(),

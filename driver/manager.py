@@ -136,7 +136,7 @@ def _run_pass(
         with clock("rewrite"):
             replaced = _replacements(program, pass_, plan)
             new = rewrite(program, replaced, by=pass_.name) if replaced else program
-        if verify_each:
+        if verify_each and new is not program:
             with clock("verify"):
                 verify(new, by=pass_.name)
         certificate = None

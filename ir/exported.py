@@ -62,7 +62,23 @@ def from_exported(
         state=tuple(state),
         notes=notes + _randomness(graph),
     )
+    program = _without_unread(program)
     return fold_blocks(program) if fold else program
+
+
+def _without_unread(program: Program) -> Program:
+    """Leave out tensors that no output depends on, and say so."""
+    unread = program.unused_tensors()
+    if not unread:
+        return program
+    listed = ", ".join(sorted(unread)[:3]) + (", ..." if len(unread) > 3 else "")
+    note = f"left out {len(unread)} tensors that no output depends on: {listed}"
+    return program.with_(
+        tensors={name: value for name, value in program.tensors.items() if name not in unread},
+        parameters=program.parameters - unread,
+        aliases={alias: name for alias, name in program.aliases.items() if name not in unread},
+        notes=(*program.notes, note),
+    )
 
 
 def _tensors(

@@ -6,7 +6,7 @@ graphs are looked at, and what an op does to shapes is derived once per op and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -169,39 +169,42 @@ def _check_calls(program: Program, by: str) -> None:
 
 def _check_weights(program: Program, by: str) -> None:
     """Check that every slot holds a tensor of its shape, and that no tensor is held twice."""
-    for slot, shape, dtype, node in _interface(program.main).slots:
-        _check_slot(program, slot, shape, dtype, by, node, MAIN)
+    tensors = program.tensors
+    main = _interface(program.main).slots
+    _check_slots(tensors, {slot: slot for slot, *_ in main}, main, MAIN, by)
     for name, instance in program.instances.items():
         slots = _interface(program.graphs[instance.block]).slots
         if len(slots) != len(instance.weights):
             surplus = instance.weights.keys() ^ {slot for slot, *_ in slots}
             raise VerifyError(f"{by} left slots {sorted(surplus)} unmatched.", where=name)
-        for slot, shape, dtype, node in slots:
-            _check_slot(program, instance.weights.get(slot), shape, dtype, by, node, name)
+        _check_slots(tensors, instance.weights, slots, name, by)
     holders: dict[int, str] = {}
-    for name, tensor in program.tensors.items():
-        address = tensor.data_ptr() if tensor.device.type != "meta" else 0
+    for name, tensor in tensors.items():
+        address = 0 if tensor.is_meta else tensor.data_ptr()
         other = holders.setdefault(address, name) if address else name
-        if other != name and _same_layout(tensor, program.tensors[other]):
+        if other is not name and _same_layout(tensor, tensors[other]):
             raise VerifyError(f"{by} untied {name} and {other}, which share memory.")
 
 
-def _check_slot(
-    program: Program,
-    name: str | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    by: str,
-    node: fx.Node,
+def _check_slots(
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, str],
+    slots: Sequence[_Slot],
     where: str,
+    by: str,
 ) -> None:
-    tensor = program.tensors.get(name or "")
-    if tensor is None:
-        raise _error(
-            by, f"{node.name} names the tensor {name!r}, which does not exist", where, node
-        )
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise _error(by, f"{name} is {list(tensor.shape)}, its slot is {list(shape)}", where, node)
+    for slot, shape, dtype, node in slots:
+        name = weights.get(slot, "")
+        tensor = tensors.get(name)
+        if tensor is None:
+            what = f"{node.name} names the tensor {name!r}, which does not exist"
+            raise _error(by, what, where, node)
+        if tensor.shape != shape or tensor.dtype != dtype:
+            what = f"{name} is {list(tensor.shape)}, its slot is {list(shape)}"
+            raise _error(by, what, where, node)
+
+
+_Slot = tuple[str, tuple[int, ...], torch.dtype, fx.Node]
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class _Interface:
 
     inputs: list[Any]
     outputs: list[Any]
-    slots: list[tuple[str, tuple[int, ...], torch.dtype, fx.Node]]
+    slots: list[_Slot]
 
 
 def _interface(graph: fx.Graph) -> _Interface:

@@ -171,13 +171,12 @@ class CompiledInt8Linear(nn.Module):
 
     Inductor (with `freezing`) fuses the quantization with what comes before, packs the codes, and
     turns dequantize-dequantize-linear into the kernel of `Int8Linear`, called without Python. Where
-    it does not, the same graph is an fp32 product of the same integers.
+    it does not, the same graph is an fp32 product with the same codes.
     """
 
     weight_codes: Tensor
-    unit: Tensor
-    zero: Tensor
-    scale: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
 
     def __init__(
         self,
@@ -187,9 +186,8 @@ class CompiledInt8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("weight_codes", codes.t().contiguous())
-        self.register_buffer("unit", torch.ones(len(scale)))
-        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int64))
-        self.register_buffer("scale", scale)
+        self.register_buffer("weight_scale", scale.to(torch.float32))
+        self.register_buffer("weight_zero", torch.zeros(len(scale), dtype=torch.int64))
         self.register_buffer("bias", bias)
 
     def forward(self, x: Float[Tensor, "*batch in_features"]) -> Tensor:
@@ -200,9 +198,9 @@ class CompiledInt8Linear(nn.Module):
             rows, 1.0, UNSIGNED_ZERO, 0, 255, torch.uint8
         )
         weight = decomposed.dequantize_per_channel.default(
-            self.weight_codes, self.unit, self.zero, 0, -128, 127, torch.int8
+            *(self.weight_codes, self.weight_scale, self.weight_zero), 0, -128, 127, torch.int8
         )
-        y = F.linear(values, weight).to(x.dtype) * step * self.scale
+        y = F.linear(values, weight).to(x.dtype) * step
         return y if self.bias is None else y + self.bias
 
 
@@ -212,9 +210,7 @@ class QuantizedTable(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(
-        self, codes: Int8[Tensor, "vocab dim"], scale: Float[Tensor, "vocab 1"]
-    ) -> None:
+    def __init__(self, codes: Int8[Tensor, "vocab dim"], scale: Float[Tensor, "vocab 1"]) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)

@@ -29,7 +29,10 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) ->
         [*batch, out_features], of the type of `x`. Sums are exact for any in_features.
     """
     step, quantized = quantize_rows(x)
-    total = quantized.double() @ codes.double()
+    # Sums below 2**24 are exact in fp32, which is twice as fast.
+    small = codes.shape[0] * 127 * WEIGHT_LIMIT < 2**24
+    exact = torch.promote_types(x.dtype, torch.float32 if small else torch.float64)
+    total = quantized.to(exact) @ codes.to(exact)
     y = total.to(x.dtype) * step * scale
     return y if bias is None else y + bias
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class Tiny(nn.Module):
 class Offers(Tiny):
     def example_inputs(self):
         return (torch.ones(2, 5, dtype=torch.long),)
+
+
+class Limited(Tiny):
+    def forward(self, ids):
+        torch._check(ids.shape[1] <= 9)
+        return super().forward(ids)
 
 
 def broken():
@@ -100,9 +107,12 @@ def saved(name: str = "tiny.bw", *args: str) -> str:
     return name
 
 
-def test_version_and_help() -> None:
+def test_version_and_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert call("--version").stdout.startswith("blockwright ")
     assert all(name in call("--help").stdout for name in ("compile", "bench", "doctor"))
+    plain = re.sub(r"\x1b\[[\d;]*m", "", call("compile", "--help").stdout)
+    assert "int64[batch=2,seq=16]" in plain
 
 
 def test_passes_lists_the_register() -> None:
@@ -119,6 +129,10 @@ def test_a_pass_is_shown_with_its_options() -> None:
     text = call("passes", "quantize-weights").stdout
     assert "group_size" in text
     assert "Exact when" in text
+
+
+def test_passes_prints_the_schema_of_recipes() -> None:
+    assert data("passes", "--schema")["title"] == "blockwright recipe"
 
 
 def test_inspect_counts_by_module(folder: Path) -> None:
@@ -158,6 +172,14 @@ def test_compile_takes_a_recipe_then_passes(folder: Path) -> None:
     assert found["record"]["recipe"] == "fuse-projections, quantize-weights"
     assert (found["output"], found["backend"]) == ("a.zip", "eager")
     assert (folder / "a.zip").is_file()
+    assert data("inspect", "a.zip")["cost"]["parameters"] == 768
+
+
+def test_a_saved_engine_is_a_model_too(folder: Path) -> None:
+    found = data("compile", saved(), "-o", "b.bw", "--pass", "fuse-projections", "--backend",
+                 "eager")  # fmt: skip
+    assert found["record"]["recipe"] == "fuse-projections"
+    assert data("run", "b.bw", "--random")["outputs"]["output"]["shape"] == [2, 5, 8]
 
 
 def test_run_makes_valid_inputs_up(folder: Path) -> None:
@@ -211,6 +233,10 @@ MISTAKES = {
     ("inspect", "tiny.py:Offers", "--cost", "b=3"): "there is no dynamic size 'b'. Try: every size"
     " of this program is fixed.",
     ("inspect", "tiny.py:Tiny", "--input", "x=i64[2]"): "the model has no argument 'x'.",
+    ("inspect", "tiny.py:Limited", "--input", "ids=i64[batch=2,seq=5]"): "the model does not allow"
+    " every size of seq. Try: limit them: --dynamic seq=0..9.",
+    ("inspect", "tiny.py:Tiny", "--input", "ids=i64[2,seq=1]"): "Try: fix seq at 1, or give another"
+    " example.",
     ("passes", "quantize"): "there is no pass 'quantize'. Try: did you mean quantize-weights?",
     ("compile", "tiny.py:Offers", "-o", "x.bw", "--backend", "egaer"): "there is no backend"
     " 'egaer'.",

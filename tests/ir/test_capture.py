@@ -250,3 +250,18 @@ def test_hugging_face_causal_models_work_as_they_come(family: str) -> None:
     result = call(program, ids)
     assert type(result) is type(expected)
     torch.testing.assert_close(result.logits, expected.logits)
+
+
+class Unread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_tensors_nothing_depends_on_are_left_out_and_named() -> None:
+    program = capture(Unread(), (torch.zeros(1, 2),))
+    assert program.tensors.keys() == {"used.weight", "used.bias"}
+    assert "idle.bias, idle.weight" in program.notes[0]

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from blockwright.ir.capture import capture
 from blockwright.ir.errors import ArtefactError
 from blockwright.ir.flatten import flatten
@@ -24,8 +27,6 @@ from blockwright.ir.shapes import describe
 from blockwright.ir.targets import resolve, target_name
 from blockwright.ir.verify import verify
 from blockwright.passes import QuantizeWeights
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 Dim = torch.export.Dim
 
@@ -185,8 +186,8 @@ def test_a_loaded_program_exports_again(plain: Program) -> None:
     "value",
     [
         None, True, False, 1, 1.0, -0.0, math.inf, -math.inf, "text", [], (), [1, (2, [3.5])],
-        slice(1, None, 2), {"key": [1, {"other": None}]}, torch.float8_e4m3fn, torch.device("cuda:1"),
-        torch.strided, torch.channels_last,
+        slice(1, None, 2), {"key": [1, {"other": None}]}, torch.float8_e4m3fn,
+        torch.device("cuda:1"), torch.strided, torch.channels_last,
     ],
 )  # fmt: skip
 def test_literals_round_trip(value: Any) -> None:

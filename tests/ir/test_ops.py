@@ -1,0 +1,120 @@
+"""Structural ops: registered soundly, and references that mean what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from blockwright.ir.ops import OPS, int8_linear, packing
+from blockwright.ir.ops.quantized_linear import weight_of
+
+
+def linear_arguments(bits: int, *, symmetric: bool) -> tuple[Any, ...]:
+    features, outputs, group_size = 10, 6, 4
+    low, high = packing.code_range(bits, symmetric)
+    codes = torch.randint(low, high + 1, (features, outputs))
+    zeros = torch.randint(0, high + 1, (3, outputs))
+    zero_point = None if symmetric else store(zeros, bits, symmetric)
+    x, scale, bias = torch.randn(2, 3, features), torch.rand(3, outputs), torch.randn(outputs)
+    return (x, store(codes, bits, symmetric), scale, zero_point, bias, bits, group_size)
+
+
+def store(codes: Tensor, bits: int, symmetric: bool) -> Tensor:
+    return packing.pack_nibbles(codes) if bits == 4 else codes.to(packing.code_dtype(symmetric))
+
+
+CALLS = {
+    "quantized_linear": [
+        linear_arguments(bits, symmetric=symmetric)
+        for bits in (4, 8)
+        for symmetric in (True, False)
+    ],
+    "int8_linear": [
+        (torch.randn(2, 3, 8), torch.ones(8, 5, dtype=torch.int8), torch.rand(5), bias)
+        for bias in (None, torch.randn(5))
+    ],
+    "quantized_embedding": [
+        (torch.tensor([[0, 3]]), torch.ones(4, 5, dtype=torch.int8), torch.rand(4, 1))
+    ],
+}
+CASES = [(name, arguments) for name, calls in CALLS.items() for arguments in calls]
+
+
+def test_every_op_is_tried_below() -> None:
+    assert {f"blockwright.{name}.default" for name in CALLS} == set(OPS)
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_registration_is_sound(name: str, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(OPS[f"blockwright.{name}.default"].overload, arguments)
+
+
+@given(
+    rows=st.integers(0, 9),
+    columns=st.integers(0, 9),
+    signed=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None)
+def test_nibbles_come_back(rows: int, columns: int, signed: bool, seed: int) -> None:
+    low, high = (-8, 8) if signed else (0, 16)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int8)
+    packed = packing.pack_nibbles(codes)
+    assert packed.dtype == torch.uint8
+    assert len(packed) == (rows * columns + 1) // 2
+    assert torch.equal(packing.unpack_nibbles(packed, (rows, columns), signed=signed), codes)
+
+
+@given(
+    features=st.integers(1, 12),
+    outputs=st.integers(1, 5),
+    group_size=st.integers(1, 13),
+    bits=st.sampled_from(packing.BITS),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None)
+def test_weight_is_shifted_and_scaled_per_group(
+    features: int, outputs: int, group_size: int, bits: int, symmetric: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    groups = -(-features // group_size)
+    low, high = packing.code_range(bits, symmetric)
+    codes = torch.randint(low, high + 1, (features, outputs))
+    zeros = torch.zeros(groups, outputs) if symmetric else torch.randint(0, high, (groups, outputs))
+    scale = torch.rand(groups, outputs)
+    zero_point = None if symmetric else store(zeros, bits, symmetric)
+    weight = weight_of(features, store(codes, bits, symmetric), scale, zero_point, bits, group_size)
+    for i in range(features):
+        group = i // group_size
+        assert torch.equal(weight[i], (codes[i] - zeros[group]) * scale[group])
+
+
+def test_low_nibble_comes_first() -> None:
+    assert packing.pack_nibbles(torch.tensor([1, 2, 3])).tolist() == [0x21, 0x03]
+
+
+def test_quantized_linear_multiplies_by_the_weight() -> None:
+    x, codes, scale, zero_point, bias, bits, group_size = linear_arguments(4, symmetric=False)
+    weight = weight_of(x.shape[-1], codes, scale, zero_point, bits, group_size)
+    y = torch.ops.blockwright.quantized_linear(x, codes, scale, zero_point, bias, bits, group_size)
+    torch.testing.assert_close(y, x @ weight + bias)
+
+
+def test_int8_linear_is_exact_on_integers() -> None:
+    x = torch.randint(-127, 128, (5, 33)).float()
+    x[:, 0] = 127
+    limit = int8_linear.WEIGHT_LIMIT
+    codes = torch.randint(-limit, limit + 1, (33, 7), dtype=torch.int8)
+    y = torch.ops.blockwright.int8_linear(x, codes, torch.ones(7), None)
+    assert torch.equal(y.long(), x.long() @ codes.long())
+
+
+def test_pairs_of_products_fit_sixteen_bits() -> None:
+    assert 255 * int8_linear.WEIGHT_LIMIT * 2 < 2**15
