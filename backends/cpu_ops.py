@@ -89,7 +89,7 @@ def _module(call: StructuralCall, rows: int, *, bf16: bool, compiled: bool) -> n
 
 
 def _int8_form(rows: int, *, compiled: bool) -> Callable[..., nn.Module]:
-    if rows < INT8_ROWS:
+    if rows < INT8_ROWS or not torch.backends.mkldnn.is_available():
         return RoundedLinear
     return CompiledInt8Linear if compiled else Int8Linear
 

@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,11 +30,8 @@ from ..ir.errors import LoweringError, OptionError
 from ..ir.program import Program
 from ..ir.shapes import concrete
 from ..ir.shapes import dims as dims_of
-from .base import Backend, Files, Lowered, refuse_unsupported
+from .base import Backend, Files, Lowered, WeightsFile, refuse_unsupported
 from .cpu_ops import lower_structural
-
-if TYPE_CHECKING:
-    from .weights import WeightsFile
 
 PACKAGE, MADE_FOR = "model.pt2", "inductor.json"
 OPTIONS = ("threads", "activations", "freezing", "max_autotune")
@@ -89,7 +86,7 @@ class InductorBackend(Backend):
         options: Mapping[str, Any],
     ) -> Lowered:
         stamp = portable.get(MADE_FOR)
-        fits = stamp is not None and json.loads(stamp.read_text()) == made_for()
+        fits = stamp is not None and stamp.read_bytes() == made_for()
         if PACKAGE in compiled and fits:
             return Package(compiled[PACKAGE], options.get("threads"))
         return self.lower(program, options)
@@ -126,9 +123,7 @@ class Package(Lowered):
             return list(self.loaded(*dense))
 
     def files(self, weights: WeightsFile) -> Files:
-        return Files(
-            portable={MADE_FOR: json.dumps(made_for()).encode()}, compiled={PACKAGE: self.path}
-        )
+        return Files(portable={MADE_FOR: made_for()}, compiled={PACKAGE: self.path})
 
 
 def export(program: Program) -> ExportedProgram:
@@ -144,7 +139,9 @@ def export(program: Program) -> ExportedProgram:
     inputs: list[Tensor] = []
     dynamic: list[dict[int, Any]] = []
     for value in (node.meta["val"] for node in program.main.nodes if node.op == "placeholder"):
-        inputs.append(torch.zeros([size(n) for n in value.shape], dtype=value.dtype))
+        inputs.append(
+            torch.zeros([size(n) for n in value.shape], dtype=value.dtype, device=value.device)
+        )
         names = enumerate(dims_of(value, program.signature.symbols))
         dynamic.append({i: dims.get(n, Dim.AUTO) for i, n in names if isinstance(n, str)})
     module = program.module()
@@ -194,14 +191,15 @@ def compiler() -> str | None:
     return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
-def made_for() -> dict[str, str]:
-    """Say what compiled code depends on: torch, and every instruction the CPU has."""
+def made_for() -> bytes:
+    """Say in JSON what compiled code depends on: torch, and every instruction the CPU has."""
     cpu = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
         cpu += " " + hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16]
-    return {"torch": torch.__version__, "cpu": cpu, "system": platform.system()}
+    facts = {"torch": torch.__version__, "cpu": cpu, "system": platform.system()}
+    return json.dumps(facts).encode()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -63,7 +63,9 @@ def to_onnx(program: Program) -> onnx.ModelProto:
     if model.opset_imports.get("") != OPSET:
         raise LoweringError(f"torch wrote ONNX opset {model.opset_imports.get('')}, not {OPSET}.")
     model.ir_version = _IR_VERSION
+    translated.rename_axes(_axis_names(program, model.graph))
     _tidy(model)
+    _name_inputs(model.graph, [node.name for node in _placeholders(program)])
     _refer(model, program.tensors)
     return ir.to_proto(model)
 
@@ -122,11 +124,26 @@ def _axes(program: Program) -> tuple[dict[int, Any], ...]:
             made[size] = torch.export.Dim(size, min=low, max=high)
         return made[size]
 
-    shapes = [dims(node.meta["val"], program.signature.symbols) for node in _placeholders(program)]
     return tuple(
         {index: axis(size) for index, size in enumerate(shape) if isinstance(size, str)}
-        for shape in shapes
+        for shape in _shapes(program)
     )
+
+
+def _shapes(program: Program) -> list[tuple[int | str, ...]]:
+    """Return the shape of every input, dynamic sizes by name."""
+    symbols = program.signature.symbols
+    return [dims(node.meta["val"], symbols) for node in _placeholders(program)]
+
+
+def _axis_names(program: Program, graph: ir.Graph) -> dict[str | ir.SymbolicDim, str]:
+    """Map the symbols that export made up to the names of the program."""
+    names: dict[str | ir.SymbolicDim, str] = {}
+    for value, shape in zip(graph.inputs, _shapes(program), strict=True):
+        for symbol, size in zip(value.shape or (), shape, strict=True):
+            if isinstance(symbol, ir.SymbolicDim) and isinstance(size, str) and size.isidentifier():
+                names[str(symbol.value)] = size
+    return names
 
 
 def _tidy(model: ir.Model) -> None:
@@ -147,6 +164,15 @@ def _tidy(model: ir.Model) -> None:
         cleaning.RemoveUnusedFunctionsPass(),
         cleaning.RemoveUnusedOpsetsPass(),
     )(model)
+
+
+def _name_inputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Call inputs as the program does; an output that passes one on takes another name."""
+    for output in graph.outputs:
+        if output.name in names:
+            output.name = f"{output.name}_out"
+    for value, name in zip(graph.inputs, names, strict=True):
+        value.name = name
 
 
 def _drop_empty_reshapes(graph: ir.Graph) -> None:

@@ -44,7 +44,7 @@ def int8_linear(
     last = _ints(-1)
     peak = op.Max(op.ReduceMax(x, last, keepdims=1), op.Neg(op.ReduceMin(x, last, keepdims=1)))
     step = op.Max(op.Div(peak, _float(127)), _float(_TINY))
-    rows = op.Reshape(_quantize_rows(x, features, step), op.Shape(x))
+    rows = op.Reshape(_quantize_rows(x, features, step), op.Shape(x), allowzero=1)
     centre = op.Constant(value=ir.tensor(_CENTRE, dtype=ir.DataType.UINT8))
     product = _matmul_integer_to_float(rows, codes, _float(1), _as_type(scale, FLOAT), centre)
     y = _as_type(op.Mul(product, step), dtype, given=FLOAT)
@@ -156,7 +156,7 @@ def _quantize_rows(x: ir.Value, features: int, step: ir.Value) -> ir.Value:
 
 
 def _heads_side_by_side(x: ir.Value) -> ir.Value | None:
-    """Return [batch, seq, heads * head_dim] for [batch, heads, seq, head_dim] that a transpose made.
+    """Return [batch, seq, heads * head_dim] for the [batch, heads, seq, head_dim] of a transpose.
 
     None when it comes otherwise, or its heads cannot be counted.
     """

@@ -100,6 +100,7 @@ def compile(
         "notes": list(program.notes),
         "sizes": compiled.sizes(),
         "steps": [step.to_json() for step in steps],
+        "text": {"before": program.text(), "after": compiled.text()},
         "cost": {"before": program.cost().to_json(), "after": compiled.cost().to_json()},
     }
     return lower(compiled, backend, inputs[0], record, options or {}, say)

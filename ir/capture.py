@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import random
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +23,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .exported import from_exported
+from .exported import from_exported, without_unread
 from .program import Program
+from .stamp import Press, Unfit, check_stamped, find_repeats, stamp
 
+log = logging.getLogger("blockwright.capture")
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | None
 Model = nn.Module | ExportedProgram | str | Path
 
@@ -54,19 +58,40 @@ def capture(
     if isinstance(model, str | Path):
         model = load_directory(Path(model))
     if isinstance(model, ExportedProgram):
-        return from_exported(model, fold=fold)
+        return without_unread(from_exported(model, fold=fold))
     args, kwargs = resolve_inputs(model, example_inputs)
-    with _evaluation(model), _without_cache(model, kwargs) as notes:
-        _reject_missing_weights(model, (args, kwargs))
-        exported = _export(model, args, kwargs, dynamic_shapes)
-    return from_exported(
-        exported,
-        fold=fold,
-        notes=tuple(notes),
-        parameters=_parameter_names(model.forward),
-        symbols=_dim_names(model, args, kwargs, dynamic_shapes),
-        names=list(_all_tensors(model)),
-    )
+    with _evaluation(model), _without_cache(model, kwargs) as notes, torch.no_grad():
+        _reject_mixed_devices(model, (args, kwargs))
+        held = dict(_all_tensors(model))
+
+        def export(fold: bool) -> Program:
+            return from_exported(
+                _export(model, args, kwargs, dynamic_shapes),
+                fold=fold,
+                notes=tuple(notes),
+                parameters=_parameter_names(model.forward),
+                symbols=_dim_names(model, args, kwargs, dynamic_shapes),
+                held=held,
+            )
+
+        return without_unread((fold and _by_blocks(model, export)) or export(fold))
+
+
+def _by_blocks(model: nn.Module, export: Callable[[bool], Program]) -> Program | None:
+    """Capture a deep model one block per kind; None when it must be captured flat."""
+    groups = find_repeats(model)
+    if not groups:
+        return None
+    press = Press(groups)
+    try:
+        with press.open():
+            flat = export(False)
+        program = stamp(flat, press)
+        check_stamped(program, press, random.Random(0))
+    except (Unfit, CaptureError) as error:
+        log.info("captured flat: %s", error)
+        return None
+    return program
 
 
 def resolve_inputs(
@@ -170,7 +195,7 @@ def _without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list
         text.use_cache = True
 
 
-def _reject_missing_weights(model: nn.Module, inputs: Any) -> None:
+def _reject_mixed_devices(model: nn.Module, inputs: Any) -> None:
     """Refuse models whose tensors sit on several devices, which one graph cannot run."""
     found = {t.device for t in (*model.parameters(), *model.buffers())}
     found |= {leaf.device for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)}
@@ -181,11 +206,9 @@ def _reject_missing_weights(model: nn.Module, inputs: Any) -> None:
         )
 
 
-def _all_tensors(model: nn.Module) -> Iterator[str]:
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        yield name
-    for name, _ in model.named_buffers(remove_duplicate=False):
-        yield name
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -241,13 +264,13 @@ def _first_line(error: BaseException) -> str:
 
 def _user_line(error: BaseException) -> str | None:
     """Return the innermost source line that is neither torch's nor ours."""
-    ours = str(Path(__file__).resolve().parent.parent / "ir")
+    ours = (str(Path(__file__).parent), str(Path(__file__).resolve().parent), "<")
     frames: list[tuple[str, int]] = []
     cause: BaseException | None = error
     while cause is not None:
         frames += [(f.filename, f.lineno or 0) for f in traceback.extract_tb(cause.__traceback__)]
         cause = cause.__cause__ or cause.__context__
     frames += [(m[1], int(m[2])) for m in re.finditer(r'File "([^"]+)", line (\d+)', str(error))]
-    users = [f for f in frames if "/torch/" not in f[0] and not f[0].startswith((ours, "<"))]
+    users = [f for f in frames if "/torch/" not in f[0] and not f[0].startswith(ours)]
     outside = [f for f in users if "/concurrent/" not in f[0] and "contextlib" not in f[0]]
     return f"{outside[-1][0]}, line {outside[-1][1]}" if outside else None

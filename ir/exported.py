@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -35,7 +35,7 @@ def from_exported(
     notes: tuple[str, ...] = (),
     parameters: tuple[str, ...] = (),
     symbols: Mapping[tuple[str, int], str] | None = None,
-    names: list[str] | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> Program:
     """Turn an exported program into a Program.
 
@@ -45,14 +45,15 @@ def from_exported(
         notes: Remarks to carry into the report.
         parameters: Names that `forward` accepts by position.
         symbols: Name of a dynamic dimension by flat input name and axis.
-        names: Every name of every tensor of the model, ties included.
+        held: Every tensor of the model by every name, ties included.
     """
     if any(is_mutable(node) for node in exported.graph.nodes):
         exported = exported.run_decompositions({})
-    tensors, canonical = _tensors(exported, names or [])
+    tensors, canonical = _tensors(exported, held or {})
     graph, state = _graph(exported, canonical)
     signature = _signature(exported, graph, parameters, symbols or {})
-    kinds = exported.graph_signature.parameters
+    kinds = {name for name, value in (held or {}).items() if isinstance(value, nn.Parameter)}
+    kinds |= set(exported.graph_signature.parameters)
     program = Program(
         graphs={MAIN: graph},
         tensors=tensors,
@@ -62,11 +63,10 @@ def from_exported(
         state=tuple(state),
         notes=notes + _randomness(graph),
     )
-    program = _without_unread(program)
     return fold_blocks(program) if fold else program
 
 
-def _without_unread(program: Program) -> Program:
+def without_unread(program: Program) -> Program:
     """Leave out tensors that no output depends on, and say so."""
     unread = program.unused_tensors()
     if not unread:
@@ -82,17 +82,16 @@ def _without_unread(program: Program) -> Program:
 
 
 def _tensors(
-    exported: ExportedProgram, names: list[str]
+    exported: ExportedProgram, held: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors by canonical name, and the canonical name of every name."""
-    stored: dict[str, Any] = {**exported.state_dict, **exported.constants}
-    order = [name for name in names if name in stored]
-    order += [name for name in stored if name not in set(order)]
+    stored: dict[str, Any] = {**held}
+    for name, value in {**exported.state_dict, **exported.constants}.items():
+        stored.setdefault(name, value)
     canonical: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     seen: dict[Any, str] = {}
-    for name in order:
-        value = stored[name]
+    for name, value in stored.items():
         if not isinstance(value, Tensor):
             raise CaptureError(f"constant {name!r} is a {type(value).__name__}, not a tensor.")
         key = _storage_key(value)

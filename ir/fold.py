@@ -18,7 +18,7 @@ from functools import cached_property
 
 from torch import fx
 
-from .graphs import common_prefix, module_path
+from .graphs import common_prefix, module_path, output_nodes
 from .program import MAIN, Instance, Program
 from .shapes import describe
 
@@ -43,7 +43,16 @@ def fold_blocks(program: Program) -> Program:
     groups: list[list[Isomorph]] = []
     for stretch in find_stretches(keys, nodes):
         groups += _isomorphic_runs(nodes, stretch, key_of)
-    return _outline(program, groups) if groups else program
+    classes = []
+    for group in groups:
+        outputs = sorted({position for iso in group for position in iso.escaping()})
+        occurrences = _occurrences(group, outputs)
+        first = group[0]
+        slots = dict(zip(first.weights, _slots(first), strict=True))
+        results = [first.nodes[position] for position in outputs]
+        graph = class_graph(first.nodes, first.inputs, slots, results, first.path)
+        classes.append((graph, occurrences))
+    return outline(program, classes) if classes else program
 
 
 def find_stretches(keys: Sequence[int], nodes: Sequence[fx.Node]) -> list[Stretch]:
@@ -219,82 +228,118 @@ def _match(
     return Isomorph(block, [image[node] for node in reference.inputs], weights)
 
 
-def _outline(program: Program, groups: list[list[Isomorph]]) -> Program:
-    """Move each group's nodes into a class graph and call it from a rebuilt main graph."""
+def _occurrences(group: list[Isomorph], outputs: list[int]) -> list[Occurrence]:
+    return [
+        Occurrence(
+            path=iso.path,
+            anchor=iso.nodes[0],
+            inputs=iso.inputs,
+            results=[iso.nodes[position] for position in outputs],
+            owned=set(iso.nodes),
+            weights=[str(weight.target) for weight in iso.weights],
+        )
+        for iso in group
+    ]
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """Where a block stands in the main graph.
+
+    Attributes:
+        path: Module path, the name of the instance if it is free.
+        anchor: The node in whose place the call comes.
+        inputs: What the call passes.
+        results: Main's node for each output; None for one nobody reads.
+        owned: Nodes the call replaces.
+        weights: Tensor names, in the order of the class graph's slots.
+    """
+
+    path: str
+    anchor: fx.Node
+    inputs: Sequence[fx.Node]
+    results: Sequence[fx.Node | None]
+    owned: set[fx.Node]
+    weights: Sequence[str]
+
+
+def outline(program: Program, classes: Sequence[tuple[fx.Graph, list[Occurrence]]]) -> Program:
+    """Return the program with occurrences in main replaced by calls of their class graphs."""
     graphs: dict[str, fx.Graph] = {}
     instances: dict[str, Instance] = {}
-    at: dict[fx.Node, tuple[str, Isomorph, list[int]]] = {}
+    at: dict[fx.Node, tuple[str, Occurrence]] = {}
     owned: set[fx.Node] = set()
-    for group in groups:
+    for graph, occurrences in classes:
         block = f"block{len(graphs)}"
-        outputs = sorted({position for iso in group for position in iso.escaping()})
-        slots = _slots(group)
-        graphs[block] = _class_graph(group[0], outputs, slots)
-        for iso in group:
-            name = _unique(iso.path, instances)
-            instances[name] = Instance(
-                block, {s: str(w.target) for s, w in zip(slots, iso.weights, strict=True)}
-            )
-            at[iso.nodes[0]] = (name, iso, outputs)
-            owned.update(iso.nodes)
-    main = _main_graph(program.main, at, owned)
+        graphs[block] = graph
+        slots = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+        for occurrence in occurrences:
+            name = _unique(occurrence.path, instances)
+            instances[name] = Instance(block, dict(zip(slots, occurrence.weights, strict=True)))
+            at[occurrence.anchor] = (name, occurrence)
+            owned |= occurrence.owned
+    main = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in program.main.nodes:
+        if node in at:
+            name, occurrence = at[node]
+            values = tuple(n.meta["val"] for n in output_nodes(graphs[instances[name].block]))
+            _call(main, name, occurrence, values, env)
+        if node not in owned and not (node.op == "get_attr" and owned.issuperset(node.users)):
+            env[node] = main.node_copy(node, env.__getitem__)
     ordered = {str(n.target): instances[str(n.target)] for n in main.nodes if n.op == "call_module"}
     return program.with_(graphs={MAIN: main, **graphs}, instances=ordered)
 
 
-def _class_graph(iso: Isomorph, outputs: list[int], slots: list[str]) -> fx.Graph:
+def _call(
+    main: fx.Graph,
+    name: str,
+    occurrence: Occurrence,
+    values: tuple[object, ...],
+    env: dict[fx.Node, fx.Node],
+) -> None:
+    """Append a call and what picks its outputs."""
+    call = main.call_module(name, tuple(env[node] for node in occurrence.inputs))
+    call.meta["val"] = values
+    for index, result in enumerate(occurrence.results):
+        if result is not None:
+            env[result] = main.call_function(operator.getitem, (call, index))
+            env[result].meta = {"val": values[index]}
+
+
+def class_graph(
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    weights: Mapping[fx.Node, str],
+    results: Sequence[fx.Node],
+    path: str,
+) -> fx.Graph:
+    """Copy a block's nodes into a graph of their own.
+
+    Args:
+        nodes: What the block computes, in order.
+        inputs: Outside values it reads.
+        weights: Slot name of every weight it reads.
+        results: Which of its nodes are outputs.
+        path: Module path of the block, cut off the paths of its nodes.
+    """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    for index, node in enumerate(iso.inputs):
-        env[node] = graph.placeholder(f"x{index}" if len(iso.inputs) > 1 else "x")
+    for index, node in enumerate(inputs):
+        env[node] = graph.placeholder(f"x{index}" if len(inputs) > 1 else "x")
         env[node].meta = dict(node.meta)
-    for slot, node in zip(slots, iso.weights, strict=True):
+    for node, slot in weights.items():
         env[node] = graph.get_attr(slot)
         env[node].meta = dict(node.meta)
-    prefix = iso.path
-    for node in iso.nodes:
+    for node in nodes:
         env[node] = graph.node_copy(node, env.__getitem__)
-        env[node].meta["local_path"] = module_path(node).removeprefix(prefix).strip(".")
-    graph.output(tuple(env[iso.nodes[i]] for i in outputs))
+        env[node].meta["local_path"] = module_path(node).removeprefix(path).strip(".")
+    graph.output(tuple(env[node] for node in results))
     return graph
 
 
-def _main_graph(
-    old: fx.Graph, at: dict[fx.Node, tuple[str, Isomorph, list[int]]], owned: set[fx.Node]
-) -> fx.Graph:
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in old.nodes:
-        if node in at:
-            name, iso, outputs = at[node]
-            call_block(
-                graph, name, [env[n] for n in iso.inputs], [iso.nodes[i] for i in outputs], env
-            )
-        if node in owned or (node.op == "get_attr" and all(u in owned for u in node.users)):
-            continue
-        env[node] = graph.node_copy(node, env.__getitem__)
-    return graph
-
-
-def call_block(
-    graph: fx.Graph,
-    name: str,
-    inputs: list[fx.Node],
-    results: list[fx.Node],
-    env: dict[fx.Node, fx.Node],
-) -> fx.Node:
-    """Append a call of instance `name`; map each of `results` to a node that picks it."""
-    call = graph.call_module(name, tuple(inputs))
-    call.meta["val"] = tuple(result.meta["val"] for result in results)
-    for index, result in enumerate(results):
-        env[result] = graph.call_function(operator.getitem, (call, index))
-        env[result].meta = {"val": result.meta["val"]}
-    return call
-
-
-def _slots(group: list[Isomorph]) -> list[str]:
-    """Name the weights of a class by their path below the block, as its first instance does."""
-    iso = group[0]
+def _slots(iso: Isomorph) -> list[str]:
+    """Name the weights of a class by their path below the block."""
     prefix = iso.path
     names: dict[str, None] = {}
     for weight in iso.weights:

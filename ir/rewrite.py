@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from .blueprint import blueprint
 from .errors import VerifyError
 from .graphs import copy_graph, output_nodes, remove_dead
 from .program import MAIN, Instance, Program
@@ -262,41 +263,6 @@ def _finish(program: Program, change: _Change) -> Program:
         parameters=frozenset(name for name in new.parameters if name in kept),
         aliases={alias: name for alias, name in program.aliases.items() if name in kept},
     )
-
-
-def blueprint(module: nn.Module) -> tuple[dict[str, Tensor], object]:
-    """Return a module's tensors by name, and how it is built without their values.
-
-    Modules with equal blueprints trace to the same graph. A module with an attribute this cannot
-    read is only equal to itself.
-    """
-    tensors: dict[str, Tensor] = {}
-    parts: list[object] = []
-    seen: dict[int, int] = {}
-    for path, child in module.named_modules():
-        options: list[object] = [path, type(child)]
-        for attribute, value in child.__dict__.items():
-            if not attribute.startswith("_") and attribute != "training":
-                plain = _plain(value)
-                options.append((attribute, id(module) if plain is NotImplemented else plain))
-        for name, tensor in (*child._parameters.items(), *child._buffers.items()):
-            if tensor is not None:
-                tied = seen.setdefault(id(tensor), len(seen))
-                tensors[f"{path}.{name}" if path else name] = tensor
-                options.append((name, tensor.shape, tensor.dtype, tied))
-        parts.append(tuple(options))
-    return tensors, tuple(parts)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, int | float | str | bool | torch.dtype):
-        return value
-    if isinstance(value, tuple | list):
-        items = tuple(map(_plain, value))
-        return NotImplemented if NotImplemented in items else items
-    if callable(value) and hasattr(value, "__qualname__"):
-        return (value.__module__, value.__qualname__)
-    return NotImplemented
 
 
 def _shapes(values: Sequence[Any]) -> str:

@@ -20,11 +20,12 @@ def dim(size: Size, symbols: Mapping[str, str]) -> int | str:
     """Return a size as an integer, or as an expression over named symbols."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    text = str(size.node.expr)
-    if text in symbols:
-        return symbols[text]
-    for symbol, name in symbols.items():
-        text = text.replace(symbol, name)
+    expr = size.node.expr
+    if expr.is_Symbol:
+        return symbols.get(expr.name, expr.name)
+    named = {symbol: sympy.Symbol(symbols[symbol.name]) for symbol in expr.free_symbols
+             if symbol.name in symbols}  # fmt: skip
+    text = str(expr.xreplace(named))
     return int(text) if text.lstrip("-").isdigit() else text
 
 

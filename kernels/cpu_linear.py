@@ -30,6 +30,7 @@ class FoldedLinear(nn.Module):
     """`x @ weight + bias` with the weight that codes stand for, computed once."""
 
     folded: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Bf16Int8Linear(nn.Module):
 
     packed: Tensor
     bf16_scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -76,10 +78,11 @@ class Bf16Int8Linear(nn.Module):
 
 
 class Bf16Int4Linear(nn.Module):
-    """Four-bit codes, a scale and a zero per group of inputs; the rest is as in `Bf16Int8Linear`."""
+    """Four-bit codes, a scale and a zero per group of inputs; rounds like `Bf16Int8Linear`."""
 
     packed: Tensor
     scale_and_zero: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -123,6 +126,7 @@ class RoundedLinear(nn.Module):
 
     weight_codes: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -150,6 +154,7 @@ class Int8Linear(nn.Module):
 
     weight_codes: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -177,6 +182,7 @@ class CompiledInt8Linear(nn.Module):
     weight_codes: Tensor
     weight_scale: Tensor
     weight_zero: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -279,6 +285,6 @@ def _int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -
     return y.reshape(*x.shape[:-1], len(codes))
 
 
-@torch.library.register_fake("blockwright_cpu::int8_linear")
+@torch.library.register_fake("blockwright_cpu::int8_linear")  # type: ignore[untyped-decorator]
 def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))

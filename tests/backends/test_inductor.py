@@ -54,11 +54,11 @@ def quantized(program: Program, **options: Any) -> Program:
     return rewrite(program, replacements, by=method.name)
 
 
-def check(lowered: Lowered, program: Program) -> None:
+def check(lowered: Lowered, program: Program, atol: float = 1e-4) -> None:
     eager = EagerBackend().lower(program, {})
     for batch, seq in ((2, 16), (1, 2), (3, 7)):
         x = torch.randn(batch, seq, 32)
-        torch.testing.assert_close(lowered.run([x]), eager.run([x]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(lowered.run([x]), eager.run([x]), rtol=1e-4, atol=atol)
 
 
 @needs_compiler
@@ -76,7 +76,8 @@ def test_integer_layers_run_in_integers_and_come_back_from_files(
 ) -> None:
     program = quantized(program, activations="int8")
     lowered = InductorBackend().lower(program, {"threads": 1})
-    check(lowered, program)
+    step = 0.01  # an activation between two codes may round either way
+    check(lowered, program, step)
     files = lowered.files(None)  # type: ignore[arg-type]
     package, stamp = files.compiled[PACKAGE], files.portable[MADE_FOR]
     assert isinstance(package, Path)
@@ -87,7 +88,7 @@ def test_integer_layers_run_in_integers_and_come_back_from_files(
     (tmp_path / PACKAGE).write_bytes(package.read_bytes())
     monkeypatch.setattr(InductorBackend, "lower", never)
     portable, compiled = {MADE_FOR: tmp_path / MADE_FOR}, {PACKAGE: tmp_path / PACKAGE}
-    check(InductorBackend().restore(program, portable, compiled, {}), program)
+    check(InductorBackend().restore(program, portable, compiled, {}), program, step)
 
 
 @needs_compiler

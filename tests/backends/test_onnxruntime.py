@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,22 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from blockwright.backends.base import WeightsFile
-from blockwright.backends.onnxruntime import MODEL_FILE, OnnxRuntimeBackend, OnnxRuntimeLowered
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from blockwright.backends.base import Lowered, WeightsFile
+from blockwright.backends.onnxruntime import (
+    MODEL_FILE,
+    VARIANTS,
+    OnnxRuntimeBackend,
+    OnnxRuntimeLowered,
+)
 from blockwright.ir.capture import capture
 from blockwright.ir.errors import LoweringError, OptionError
 from blockwright.ir.ops.packing import pack_nibbles
 from blockwright.ir.program import Program
 from blockwright.ir.run import run
-from torch import Tensor, nn
-from torch.export import Dim
-from torch.nn import functional as F  # noqa: N812
 
 BACKEND = OnnxRuntimeBackend()
 OPS = torch.ops.blockwright
@@ -33,13 +39,16 @@ def lower(program: Program, **options: Any) -> OnnxRuntimeLowered:
     return lowered
 
 
-def assert_parity(program: Program, lowered: Any, *inputs: Tensor, rtol: float = 1e-5) -> None:
-    """Compare with the reference computed in double precision."""
-    expected = run(program, inputs, dtype=torch.float64)
+def assert_parity(
+    program: Program, lowered: Lowered, *inputs: Tensor, dtype: torch.dtype = torch.float64
+) -> None:
+    """Compare with the reference, computed in double precision."""
+    expected, rtol = run(program, inputs, dtype=dtype), 1e-5
     for got, want in zip(lowered.run(list(inputs)), expected, strict=True):
         assert got.shape == want.shape
+        want = want.double()
         scale = want.abs().max().item() if want.numel() else 0.0
-        torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=rtol * scale)
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=rtol * scale)
 
 
 class Mixer(nn.Module):
@@ -95,7 +104,9 @@ def test_attention_at_any_size(
 
 def test_the_model_is_clean(lowered_mixer: OnnxRuntimeLowered) -> None:
     model = lowered_mixer.model
-    assert not [text for text in (b"/home", b".py", b"stack_trace") if text in bytes_of(model)]
+    assert not [
+        text for text in (b"/home", b".py", b"stack_trace") if text in model.SerializeToString()
+    ]
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
     dims = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["batch", "seq"]
@@ -115,9 +126,7 @@ def test_files_bring_it_back(
     mixer: Program, lowered_mixer: OnnxRuntimeLowered, tmp_path: Path
 ) -> None:
     weights = write_weights(mixer, tmp_path)
-    model = lowered_mixer.files(weights).portable[MODEL_FILE]
-    assert isinstance(model, bytes)
-    (tmp_path / MODEL_FILE).write_bytes(model)
+    model = save(lowered_mixer, weights, tmp_path)
     ids, keep = torch.randint(0, 40, (3, 4)), torch.ones(3, 4, dtype=torch.bool)
     first = lowered_mixer.run([ids, keep])
     restored = BACKEND.restore(mixer, {MODEL_FILE: tmp_path / MODEL_FILE}, {}, THREADS)
@@ -126,6 +135,12 @@ def test_files_bring_it_back(
     plain = ort.InferenceSession(tmp_path / MODEL_FILE, providers=["CPUExecutionProvider"])
     (logits, *_) = plain.run(None, {"ids": ids.numpy(), "keep": keep.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), first[0])
+
+
+def test_a_program_of_folded_blocks(program: Program) -> None:
+    lowered = lower(program)
+    for batch in (1, 2, 5):
+        assert_parity(program, lowered, torch.randint(0, 32, (batch, 8)))
 
 
 class Weighted(nn.Module):
@@ -144,7 +159,8 @@ class Weighted(nn.Module):
             zeros = torch.randint(low, high, (-(-40 // group), features), dtype=torch.int16)
             self.register_buffer(f"codes{index}", stored(codes, bits, symmetric))
             self.register_buffer(f"scale{index}", torch.rand(zeros.shape) + 0.1)
-            self.register_buffer(f"zero{index}", None if symmetric else stored(zeros, bits, False))
+            if not symmetric:
+                self.register_buffer(f"zero{index}", stored(zeros, bits, False))
         self.bias = nn.Parameter(torch.randn(features))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -153,7 +169,7 @@ class Weighted(nn.Module):
                 x,
                 getattr(self, f"codes{index}"),
                 getattr(self, f"scale{index}"),
-                getattr(self, f"zero{index}"),
+                getattr(self, f"zero{index}", None),
                 self.bias if index % 2 else None,
                 bits,
                 group,
@@ -171,10 +187,9 @@ def test_weight_only_codes_of_every_layout(features: int, tmp_path: Path) -> Non
     torch.manual_seed(0)
     program = capture(Weighted(features), (torch.randn(3, 40),), dynamic_shapes=({0: BATCH},))
     lowered = lower(program)
-    assert lowered.variant in ("codes", "floats")
-    other = OnnxRuntimeLowered(lowered.model, program, {"codes": "floats"}.get(lowered.variant, "codes"), THREADS)
-    weights = write_weights(program, tmp_path)
-    (tmp_path / MODEL_FILE).write_bytes(bytes(lowered.files(weights).portable[MODEL_FILE]))  # type: ignore[arg-type]
+    (variant,) = VARIANTS.keys() - {lowered.variant}
+    other = OnnxRuntimeLowered(lowered.model, program, variant, THREADS)
+    save(lowered, write_weights(program, tmp_path), tmp_path)
     restored = BACKEND.restore(program, {MODEL_FILE: tmp_path / MODEL_FILE}, {}, THREADS)
     assert isinstance(restored, OnnxRuntimeLowered)
     assert restored.variant == lowered.variant
@@ -210,7 +225,8 @@ def test_integer_layers_and_tables() -> None:
     ops = [node.op_type for node in lowered.model.graph.node]
     assert ops.count("QuantizeLinear") == 1  # both layers share the quantized rows
     for shape in ((2, 3), (1, 1), (5, 9), (1, 0)):
-        assert_parity(program, lowered, torch.randint(0, 30, shape))
+        ids = torch.randint(0, 30, shape)
+        assert_parity(program, lowered, ids, dtype=torch.float32)  # where rounding ties break alike
 
 
 class Odd(nn.Module):
@@ -231,7 +247,16 @@ def test_kinds_of_inputs_and_outputs() -> None:
     assert_parity(program, lower(program), *inputs)
 
 
-def test_what_it_cannot_run_is_named(program: Program) -> None:
+def test_calls_share_a_session(lowered_mixer: OnnxRuntimeLowered) -> None:
+    keep = torch.ones(1, 6, dtype=torch.bool)
+    inputs = [torch.full((1, 6), token) for token in range(32)]
+    alone = [lowered_mixer.run([ids, keep])[0] for ids in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda ids: lowered_mixer.run([ids, keep])[0], inputs))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_what_it_cannot_run_is_named() -> None:
     class Complex(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.linalg.eigvalsh(x @ x.T)
@@ -251,8 +276,12 @@ def test_options_are_checked(program: Program, options: dict[str, Any]) -> None:
         BACKEND.lower(program, options)
 
 
-def bytes_of(model: onnx.ModelProto) -> bytes:
-    return model.SerializeToString()
+def save(lowered: Lowered, weights: WeightsFile, folder: Path) -> bytes:
+    """Write and return the model file of a lowered program."""
+    content = lowered.files(weights).portable[MODEL_FILE]
+    assert isinstance(content, bytes)
+    (folder / MODEL_FILE).write_bytes(content)
+    return content
 
 
 def write_weights(program: Program, folder: Path) -> WeightsFile:

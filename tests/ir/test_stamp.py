@@ -1,0 +1,264 @@
+"""Capture block by block gives what flat capture gives, or is not used."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blockwright.ir import stamp
+from blockwright.ir.capture import capture
+from blockwright.ir.program import Program
+from blockwright.ir.run import run
+from blockwright.ir.verify import verify
+from blockwright.models.gpt import GPT, GPTConfig
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stamp, "FEWEST", 3)
+
+
+def both(
+    model: nn.Module, inputs: Any, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Program, Program]:
+    """Capture block by block and flat; check that both compute what the model does."""
+    stamped = capture(model.eval(), inputs, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(stamp, "FEWEST", 10**9)
+        flat = capture(model, inputs, **options)
+    for program in (stamped, flat):
+        verify(program)
+    flat_inputs = [t for t in inputs if isinstance(t, Tensor)]
+    for ours, theirs in zip(run(stamped, flat_inputs), run(flat, flat_inputs), strict=True):
+        assert torch.equal(ours, theirs)
+    return stamped, flat
+
+
+def was_stamped(caplog: pytest.LogCaptureFixture) -> bool:
+    return not any("captured flat" in record.message for record in caplog.records)
+
+
+def test_a_gpt_is_the_same_to_the_letter(
+    gpt: GPT, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    stamped, flat = both(gpt, (tokens,), monkeypatch, dynamic_shapes=shapes)
+    assert was_stamped(caplog)
+    assert stamped.text() == flat.text()
+    assert stamped.tensors.keys() == flat.tensors.keys()
+    assert stamped.aliases == flat.aliases
+    assert stamped.signature == flat.signature
+    assert {n: i.weights for n, i in stamped.instances.items()} == {
+        n: i.weights for n, i in flat.instances.items()
+    }
+
+
+def test_the_model_is_as_before(gpt: GPT, tokens: Tensor) -> None:
+    keys = set(vars(gpt.blocks[1]))
+    names = [name for name, _ in gpt.named_parameters()]
+    expected = gpt(tokens)
+    capture(gpt, (tokens,))
+    assert set(vars(gpt.blocks[1])) == keys
+    assert [name for name, _ in gpt.named_parameters()] == names
+    assert torch.equal(gpt(tokens), expected)
+
+
+def test_a_failing_capture_restores_the_model(gpt: GPT, tokens: Tensor) -> None:
+    names = [name for name, _ in gpt.named_parameters()]
+    press = stamp.Press(stamp.find_repeats(gpt))
+
+    def interrupted() -> None:
+        with press.open():
+            assert len(dict(gpt.named_parameters())) < len(names)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [name for name, _ in gpt.named_parameters()] == names
+    assert "forward" not in vars(gpt.blocks[0])
+
+
+def test_on_the_meta_device_ties_are_kept() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab=8, context=8, dim=4, heads=1, depth=4, ffn_dim=4)).eval()
+        tokens = torch.zeros(1, 4, dtype=torch.int64)
+    program = capture(model, (tokens,))
+    assert program.aliases == {"head.weight": "tokens.weight"}
+    assert program.cost().parameters == sum(p.numel() for p in model.parameters())
+    assert len(program.instances) == 4
+
+
+class Layer(nn.Module):
+    def __init__(self, dim: int = 4) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x + self.linear(x) * scale
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Numbered(Layer):
+    """Equal weights, another constant."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * self._number
+
+
+def test_a_private_attribute_makes_blocks_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stack(*(Numbered(i) for i in range(4)))
+    assert stamp.find_repeats(model) == []
+    both(model, (torch.randn(2, 4),), monkeypatch)
+
+
+class Writes(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Twice(Stack):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(super().forward(x))
+
+
+class Scales(Stack):
+    def forward(self, x: Tensor) -> Any:
+        for index, layer in enumerate(self.layers):
+            x = layer(x, scale=float(index))
+        return x
+
+
+class Returns(Layer):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Any:
+        return super().forward(x), x
+
+
+class ReturnsStack(Stack):
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+
+SHARED = nn.Parameter(torch.ones(4))
+
+
+class Reaches(Layer):
+    def __init__(self, table: list[Tensor]) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * self.table[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: Twice(*(Layer() for _ in range(4))), "is called twice"),
+        (lambda: Scales(*(Layer() for _ in range(4))), "other arguments than the first"),
+        (lambda: ReturnsStack(*(Returns() for _ in range(4))), "returns one of its inputs"),
+    ],
+)
+def test_what_does_not_fit_is_captured_flat(
+    model: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    both(model(), (torch.randn(2, 4),), monkeypatch)
+    assert any(reason in record.message for record in caplog.records)
+
+
+def test_written_buffers_are_captured_flat() -> None:
+    program = capture(Stack(*(Writes() for _ in range(4))), (torch.randn(2, 4),))
+    verify(program)
+    assert len(program.state) == 4
+
+
+def test_foreign_tensors_are_captured_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [torch.full((4,), 2.0)]
+    both(Stack(*(Reaches(table) for _ in range(4))), (torch.randn(2, 4),), monkeypatch)
+
+
+class Conditioned(nn.Module):
+    """Blocks that take a condition they ignore, a dict, and return a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(
+        self, x: Tensor, context: dict[str, Tensor], unread: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y = x + self.linear(x) * context["gate"]
+        return y, y.sum(dim=-1)
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Conditioned() for _ in range(5))
+
+    def forward(self, x: Tensor, gate: Tensor) -> list[Tensor]:
+        sums = []
+        for layer in self.layers:
+            x, total = layer(x, {"gate": gate.sigmoid()}, unread=gate)
+            sums.append(total)
+        return [x, sums[0], sums[-1]]
+
+
+def test_nested_arguments_and_unread_values(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    stamped, _ = both(Wrapped(), (torch.randn(2, 4), torch.randn(2, 4)), monkeypatch)
+    assert was_stamped(caplog)
+    assert len(stamped.instances) == 5
+
+
+def test_tied_layers_stay_tied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stack(*(Layer() for _ in range(4)))
+    model.layers[3].linear.weight = model.layers[1].linear.weight
+    stamped, _ = both(model, (torch.randn(2, 4),), monkeypatch)
+    assert len(stamped.tensors) == 7
+
+
+class Liar(Layer):
+    """Computes something else from the second call of any of its kind on."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        Liar.calls += 1
+        y = super().forward(x)
+        return torch.relu(y) if Liar.calls > 1 else y
+
+
+def test_a_block_unlike_its_kind_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    program = capture(Stack(*(Liar() for _ in range(4))), (torch.randn(2, 4),), fold=True)
+    assert any("computes something else" in record.message for record in caplog.records)
+    assert sum("relu" in str(node.target) for node in program.module().graph.nodes) == 4
