@@ -1,13 +1,13 @@
 """Compile the structure of transformers.
 
-    import blockwright as bw
+import blockwright as bw
 
-    engine = bw.compile(model, passes=[bw.FuseProjections(), bw.QuantizeWeights(bits=8)],
-                        example_inputs=(x,))
-    y = engine(x)
-    print(engine.report)
-    engine.save("model.bw")
-    engine = bw.load("model.bw")
+engine = bw.compile(model, passes=[bw.FuseProjections(), bw.QuantizeWeights(bits=8)],
+example_inputs=(x,))
+y = engine(x)
+print(engine.report)
+engine.save("model.bw")
+engine = bw.load("model.bw")
 """
 
 from .backends.artefact import load

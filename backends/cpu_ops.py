@@ -42,6 +42,9 @@ INT8_ROWS: Final = 16
 BF16_ROWS: Final = {("AVX512", 8): 16, ("AVX512", 4): 64, ("AVX2", 8): 1}
 """Up to how many rows a packed bf16 kernel beats fp32, by instruction set and bits; else never."""
 
+BF16_WEIGHTS: Final = 2**20
+"""Layers of fewer weights stay in the cache, where packing saves no time."""
+
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,7 +101,7 @@ def _weight_only(x: Tensor, arguments: dict[str, Any], rows: int, *, bf16: bool)
     features = int(x.shape[-1])
     codes, scale, zero_point = (arguments[n] for n in ("codes", "scale", "zero_point"))
     bits, group_size, bias = (arguments[n] for n in ("bits", "group_size", "bias"))
-    if bf16 and x.dtype == torch.float32 and rows <= _bf16_rows(bits):
+    if bf16 and x.dtype == torch.float32 and rows <= _bf16_rows(bits, features * scale.shape[1]):
         symmetric = zero_point is None
         matrix = unpack(codes, (features, scale.shape[1]), bits, signed=symmetric)
         if Bf16Int8Linear.fits(features, group_size, bits, symmetric=symmetric):
@@ -110,7 +113,10 @@ def _weight_only(x: Tensor, arguments: dict[str, Any], rows: int, *, bf16: bool)
     return FoldedLinear(weight.to(x.dtype), bias)
 
 
-def _bf16_rows(bits: int) -> int:
+def _bf16_rows(bits: int, weights: int) -> int:
+    """Return up to how many rows to use a packed kernel on this CPU."""
+    if weights < BF16_WEIGHTS:
+        return 0
     capability = torch.backends.cpu.get_cpu_capability()
     return BF16_ROWS.get((capability.split("_")[0], bits), 0)
 

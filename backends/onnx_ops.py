@@ -36,7 +36,10 @@ _MOST_FEATURES = 2**31 // (255 * _int8.WEIGHT_LIMIT)
 def int8_linear(
     x: ir.Value, codes: ir.Value, scale: ir.Value, bias: ir.Value | None = None
 ) -> ir.Value:
-    """Quantize each row of `x`, multiply integers, rescale."""
+    """Quantize each row of `x`, multiply integers, rescale.
+
+    A row with NaN or infinity gives other garbage than the reference, which makes it all NaN.
+    """
     features, _ = _sizes(codes)
     if features > _MOST_FEATURES:
         raise NotImplementedError(f"sums over {features} inputs overflow 32 bits")
@@ -117,11 +120,20 @@ def split(x: ir.Value, sizes: Sequence[int | ir.Value], dim: int = 0) -> Sequenc
     return parts
 
 
+def split_every(x: ir.Value, size: int | ir.Value, dim: int = 0) -> Sequence[ir.Value] | ir.Value:
+    """Split into parts of one size, the last one shorter; as a sequence when sizes are dynamic."""
+    total = _sizes(x)[dim]
+    if not isinstance(total, int) or not isinstance(size, int):
+        return op.SplitToSequence(x, size, axis=dim)
+    return split(x, [min(size, total - start) for start in range(0, max(total, 1), size)], dim)
+
+
 TRANSLATIONS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     _int8.OP: int8_linear,
     _weight_only.OP: quantized_linear,
     _embedding.OP: quantized_embedding,
     torch.ops.aten.split_with_sizes.default: split,
+    torch.ops.aten.split.Tensor: split_every,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
 }
 

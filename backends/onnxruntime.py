@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from ..ir.errors import LoweringError, OptionError
+from ..ir.errors import ArtefactError, LoweringError, OptionError
 from ..ir.program import Program
 from .base import Backend, Files, Lowered, WeightsFile, refuse_unsupported
 
@@ -36,6 +36,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, str]]] = {
     "floats": {"session.disable_quant_qdq": "1"},
 }
 _CHOSEN = "blockwright.variant"
+_PACKED = (21, 22)  # UINT4 and INT4 among ONNX's element types
 _WORTH = 0.95  # floats must take this much less time to be worth their memory
 _MEASURE_S = 0.3  # wall-clock time given to each variant
 _SLOW_FUSIONS = ["SkipLayerNormFusion"]  # its kernel runs six times longer than the two it replaces
@@ -84,9 +85,14 @@ class OnnxRuntimeBackend(Backend):
         if MODEL_FILE not in portable:
             return self.lower(program, options)
         check_options(options)
-        model = onnx.load(portable[MODEL_FILE], load_external_data=False)
-        chosen = {entry.key: entry.value for entry in model.metadata_props}.get(_CHOSEN, "codes")
-        return OnnxRuntimeLowered(model, program, options.get("variant") or chosen, options)
+        try:
+            model = onnx.load(portable[MODEL_FILE], load_external_data=False)
+        except Exception as error:  # protobuf has no public base class
+            raise ArtefactError(f"{MODEL_FILE} is no ONNX model.") from error
+        notes = {entry.key: entry.value for entry in model.metadata_props}
+        variant = str(options.get("variant") or notes.get(_CHOSEN))
+        known = variant if variant in VARIANTS else "codes"
+        return OnnxRuntimeLowered(model, program, known, options)
 
 
 class OnnxRuntimeLowered(Lowered):
@@ -167,24 +173,40 @@ def open_session(
 
 
 def weight_values(model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict[str, ort.OrtValue]:
-    """Return the tensors a model refers to, as ONNX Runtime sees them; nothing is copied."""
+    """Return the tensors a model refers to, as ONNX Runtime sees them; nothing is copied.
+
+    Raises:
+        ArtefactError: The model refers to a tensor that is not there, or is of another size.
+    """
     from .onnx_model import references
 
-    return {
-        reference.name: weight_value(tensors[reference.name].detach().contiguous(), reference)
-        for reference in references(model)
-    }
+    values = {}
+    for reference in references(model):
+        tensor = tensors.get(reference.name)
+        if tensor is None or not _fits(tensor, reference):
+            raise ArtefactError(f"{MODEL_FILE} and the weights differ in {reference.name!r}.")
+        values[reference.name] = _weight_value(tensor.detach().contiguous(), reference)
+    return values
 
 
-def weight_value(tensor: Tensor, reference: onnx.TensorProto) -> ort.OrtValue:
-    """Return one tensor, or the packed codes in it, as ONNX Runtime sees it."""
+def _fits(tensor: Tensor, reference: onnx.TensorProto) -> bool:
+    """Whether a reference has the shape of a tensor, or is of as many codes as its bytes hold."""
+    packed = reference.data_type in _PACKED and tensor.dtype == torch.uint8
+    dims = tuple(reference.dims)
+    if packed:
+        return len(dims) == 2 and min(dims) > 0 and -(-math.prod(dims) // 2) == tensor.numel()
+    return dims == tuple(tensor.shape)
+
+
+def _weight_value(tensor: Tensor, reference: onnx.TensorProto) -> ort.OrtValue:
+    """Return one tensor, or the codes packed in it, as ONNX Runtime sees it."""
     import numpy as np
     import onnxruntime as ort
 
-    shape = tuple(reference.dims)
-    if shape == tuple(tensor.shape):
+    if reference.data_type not in _PACKED:
         return ort.OrtValue.from_dlpack(tensor)
     # Two codes to a byte: numpy has no such type and only carries the address and the shape.
+    shape = tuple(reference.dims)
     carrier = np.lib.stride_tricks.as_strided(tensor.numpy(), shape, (shape[1], 1))
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(carrier, reference.data_type)
 

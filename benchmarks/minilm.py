@@ -17,13 +17,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import blockwright as bw
 import torch
-from blockwright.driver.measure import compare
 from torch import Tensor
+
+import blockwright as bw
+from blockwright.driver.measure import compare
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from minilm_encoder import SentenceEncoder, corpus, dynamic_shapes, load_encoder, tokenize
@@ -65,8 +67,8 @@ def main() -> None:
         result["auto"] = chosen.record["backend"]
         result["quality"] = {name: quality(encode, model) for name, encode in rows.items()}
         for batch in BATCHES:
-            ids, mask = (tensor[:batch].clone() for tensor in inputs)
-            calls = {n: (lambda encode=encode: encode(ids, mask)) for n, encode in rows.items()}
+            first = [tensor[:batch].clone() for tensor in inputs]
+            calls = {name: partial(encode, *first) for name, encode in rows.items()}
             result[f"batch {batch}"] = summary(compare(calls, rounds=15))
     print(json.dumps(result, indent=2))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from blockwright.driver.manager import run_passes
 from blockwright.ir.capture import capture
 from blockwright.ir.program import Program

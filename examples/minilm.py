@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,9 +115,8 @@ def compiled(model: SentenceEncoder, recipe: str, inputs: tuple[Tensor, ...]) ->
 
 def measure(rows: dict[str, Encode], inputs: tuple[Tensor, ...], batch: int) -> Comparison:
     """Time all rows side by side."""
-    ids, mask = (tensor[:batch].clone() for tensor in inputs)
-    calls = {name: (lambda encode=encode: encode(ids, mask)) for name, encode in rows.items()}
-    return compare(calls, rounds=9)
+    first = [tensor[:batch].clone() for tensor in inputs]
+    return compare({name: partial(encode, *first) for name, encode in rows.items()}, rounds=9)
 
 
 def encode_queries(encode: Encode) -> Tensor:

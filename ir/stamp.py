@@ -214,7 +214,7 @@ def stamp(program: Program, press: Press) -> Program:
     places: dict[int, list[_Place]] = {}
     for node in nodes:
         if node.target is _MARK:
-            entry = press.marks[int(node.args[1])]  # type: ignore[call-overload]
+            entry = press.marks[int(node.args[1])]
             places.setdefault(id(entry.kind), []).append(_Place(node, entry, _picked(node)))
     classes: list[tuple[fx.Graph, list[Occurrence]]] = []
     for found in places.values():

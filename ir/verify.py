@@ -6,7 +6,7 @@ graphs are looked at, and what an op does to shapes is derived once per op and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -170,30 +170,31 @@ def _check_calls(program: Program, by: str) -> None:
 def _check_weights(program: Program, by: str) -> None:
     """Check that every slot holds a tensor of its shape, and that no tensor is held twice."""
     tensors = program.tensors
-    main = _interface(program.main).slots
-    _check_slots(tensors, {slot: slot for slot, *_ in main}, main, MAIN, by)
+    main = _interface(program.main)
+    _check_slots(tensors, {slot: slot for slot in main.slots}, main, MAIN, by)
     for name, instance in program.instances.items():
-        slots = _interface(program.graphs[instance.block]).slots
-        if len(slots) != len(instance.weights):
-            surplus = instance.weights.keys() ^ {slot for slot, *_ in slots}
+        interface = _interface(program.graphs[instance.block])
+        if len(interface.slots) != len(instance.weights):
+            surplus = instance.weights.keys() ^ interface.slots.keys()
             raise VerifyError(f"{by} left slots {sorted(surplus)} unmatched.", where=name)
-        _check_slots(tensors, instance.weights, slots, name, by)
-    holders: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        address = 0 if tensor.is_meta else tensor.data_ptr()
-        other = holders.setdefault(address, name) if address else name
-        if other is not name and _same_layout(tensor, tensors[other]):
-            raise VerifyError(f"{by} untied {name} and {other}, which share memory.")
+        _check_slots(tensors, instance.weights, interface, name, by)
+    _check_ties(tensors, by)
 
 
 def _check_slots(
     tensors: Mapping[str, Tensor],
     weights: Mapping[str, str],
-    slots: Sequence[_Slot],
+    interface: _Interface,
     where: str,
     by: str,
 ) -> None:
-    for slot, shape, dtype, node in slots:
+    try:  # one comparison when all is well, which is nearly always
+        found = [(t.shape, t.dtype) for t in (tensors[weights[s]] for s in interface.slots)]
+        if found == interface.kinds:
+            return
+    except KeyError:
+        pass
+    for (slot, node), (shape, dtype) in zip(interface.slots.items(), interface.kinds, strict=True):
         name = weights.get(slot, "")
         tensor = tensors.get(name)
         if tensor is None:
@@ -204,29 +205,37 @@ def _check_slots(
             raise _error(by, what, where, node)
 
 
-_Slot = tuple[str, tuple[int, ...], torch.dtype, fx.Node]
+def _check_ties(tensors: Mapping[str, Tensor], by: str) -> None:
+    if len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors):
+        return
+    holders: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel():
+            continue  # nothing stored, nothing shared
+        other = holders.setdefault(tensor.data_ptr(), name)
+        if other != name and _same_layout(tensor, tensors[other]):
+            raise VerifyError(f"{by} untied {name} and {other}, which share memory.")
 
 
 @dataclass(frozen=True)
 class _Interface:
-    """What a graph takes and gives, and the weights it reads."""
+    """What a graph takes and gives, and the weights it reads with their shapes and types."""
 
     inputs: list[Any]
     outputs: list[Any]
-    slots: list[_Slot]
+    slots: dict[str, fx.Node]
+    kinds: list[tuple[tuple[int, ...], torch.dtype]]
 
 
 def _interface(graph: fx.Graph) -> _Interface:
     if graph not in _interfaces:
-        slots = [
-            (str(n.target), tuple(n.meta["val"].shape), n.meta["val"].dtype, n)
-            for n in graph.nodes
-            if n.op == "get_attr"
-        ]
+        slots = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+        values = [node.meta["val"] for node in slots.values()]
         _interfaces[graph] = _Interface(
             [describe(n.meta["val"]) for n in graph.nodes if n.op == "placeholder"],
             [describe(n.meta["val"]) for n in output_nodes(graph)],
             slots,
+            [(tuple(value.shape), value.dtype) for value in values],
         )
     return _interfaces[graph]
 

@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import blockwright
 import pytest
+
+import blockwright
 from blockwright.passes import PASSES, Pass, Promise
 
 ROOT = Path(blockwright.__file__).parent
@@ -58,8 +59,11 @@ def test_imports_inside_the_package_are_relative() -> None:
     folders = ("ir", "passes", "kernels", "backends", "models", "driver")
     for path in (p for folder in folders for p in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
             assert not any(name.split(".")[0] == "blockwright" for name in names), path
 
 

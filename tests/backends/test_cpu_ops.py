@@ -86,7 +86,7 @@ def test_few_rows_are_multiplied_as_floats() -> None:
 
 
 def test_bf16_is_used_only_when_asked_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_ops, "_bf16_rows", lambda bits: 4)
+    monkeypatch.setattr(cpu_ops, "_bf16_rows", lambda bits, weights: 4)
     few, inputs = quantized(3, bits=4, group_size=32)
     assert "aten.linear.default" in targets(lower_structural(few, {}))
     lowered = lower_structural(few, {"activations": "bf16"})
@@ -94,6 +94,10 @@ def test_bf16_is_used_only_when_asked_and_faster(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(run(lowered, inputs), run(few, inputs), rtol=0.05, atol=0.05)
     many, _ = quantized(5, bits=4, group_size=32)
     assert "aten.linear.default" in targets(lower_structural(many, {"activations": "bf16"}))
+
+
+def test_small_layers_never_take_packed_kernels() -> None:
+    assert cpu_ops._bf16_rows(4, cpu_ops.BF16_WEIGHTS - 1) == 0
 
 
 def test_codes_that_could_saturate_keep_the_reference() -> None:

@@ -22,7 +22,7 @@ from blockwright.backends.onnxruntime import (
     OnnxRuntimeLowered,
 )
 from blockwright.ir.capture import capture
-from blockwright.ir.errors import LoweringError, OptionError
+from blockwright.ir.errors import ArtefactError, LoweringError, OptionError
 from blockwright.ir.ops.packing import pack_nibbles
 from blockwright.ir.program import Program
 from blockwright.ir.run import run
@@ -198,6 +198,19 @@ def test_weight_only_codes_of_every_layout(features: int, tmp_path: Path) -> Non
             assert_parity(program, engine, torch.randn(rows, 40))
 
 
+def test_a_model_file_of_other_weights_is_refused(
+    mixer: Program, lowered_mixer: OnnxRuntimeLowered, tmp_path: Path
+) -> None:
+    path = tmp_path / MODEL_FILE
+    path.write_bytes(b"no model")
+    with pytest.raises(ArtefactError, match=r"model\.onnx is no ONNX model"):
+        BACKEND.restore(mixer, {MODEL_FILE: path}, {}, THREADS)
+    save(lowered_mixer, write_weights(mixer, tmp_path), tmp_path)
+    wider = dict(mixer.tensors) | {"tokens.weight": torch.zeros(41, 16)}
+    with pytest.raises(ArtefactError, match=r"differ in 'tokens\.weight'"):
+        BACKEND.restore(mixer.with_(tensors=wider), {MODEL_FILE: path}, {}, THREADS)
+
+
 class Integers(nn.Module):
     """A quantized table, and two integer layers that read one value."""
 
@@ -238,7 +251,7 @@ class Odd(nn.Module):
         memory = torch.cat([x, x[:2]]).reshape(1, 1, 5, 4)
         y = F.scaled_dot_product_attention(q, memory, memory, mask)
         causal = F.scaled_dot_product_attention(q, memory, memory, is_causal=True)
-        return x, y, y, causal, count + 1, flag.any(), x[:0]
+        return x, y, y, causal, count + 1, flag.any(), x[:0], *x.split(3, dim=-1)
 
 
 def test_kinds_of_inputs_and_outputs() -> None:

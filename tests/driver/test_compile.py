@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import blockwright as bw
 import pytest
 import torch
+from torch import Tensor, nn
+
+import blockwright as bw
 from blockwright.backends.base import Backend, Lowered
 from blockwright.backends.eager import EagerBackend
 from blockwright.driver import compile as module
 from blockwright.ir.errors import CaptureError, LoweringError, NoMatchError, OptionError
 from blockwright.ir.program import Program
 from blockwright.models.gpt import GPT, GPTConfig
-from torch import Tensor, nn
 
 RECIPE = "fuse-projections, quantize-weights{bits=8}"
 
