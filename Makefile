@@ -69,6 +69,11 @@ imports: env ## Check who imports whom.
 golden: env ## Rewrite the golden files; read the diff before you commit it.
 	BLOCKWRIGHT_GOLDEN=rewrite $(PYTEST) -k golden
 
+.PHONY: bench
+bench: env ## Measure: MiniLM against its peers, and how compile time grows with depth.
+	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/pipeline.py
+
 .PHONY: clean
 clean: ## Remove builds and caches; .venv stays.
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -185,14 +185,22 @@ def _steps_table(steps: list[dict[str, Any]]) -> Table:
             step["name"],
             str(len(step["changed"])),
             str(len(step["skipped"])),
-            *(next((f"{b} → {a}" for n, b, a, _ in step["sizes"] if n == kind), "") for kind in
-              ("parameters", "bytes")),
+            _before_after(step, "parameters"),
+            _before_after(step, "bytes"),
             number(step["difference"]),
             step["verdict"] or step["promise"],
         )
         for step in steps
-    ]  # fmt: skip
+    ]
     return _table(["pass", "changed", "skipped", "parameters", "bytes", "error", "verdict"], rows)
+
+
+def _before_after(step: Mapping[str, Any], what: str) -> str:
+    """Render a size before and after a pass, once if it stayed the same."""
+    for name, before, after, _ in step["sizes"]:
+        if name == what:
+            return str(before) if before == after else f"{before} → {after}"
+    return ""
 
 
 def _table(columns: list[str], rows: Any) -> Table:

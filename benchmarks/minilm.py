@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,16 @@ import blockwright as bw
 from blockwright.driver.measure import compare
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from minilm_encoder import SentenceEncoder, corpus, dynamic_shapes, load_encoder, tokenize
+from minilm_encoder import (
+    Encode,
+    SentenceEncoder,
+    corpus,
+    dynamic_shapes,
+    load_encoder,
+    onnx_session,
+    plain_onnx,
+    tokenize,
+)
 
 BATCHES, SEQ = (1, 8), 128
 THREADS = {"threads": 1}
@@ -41,7 +49,6 @@ SETTINGS = {
         "fold-constants, fuse-projections, quantize-weights{embeddings=true}"
     ),
 }
-Encode = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
@@ -88,25 +95,9 @@ def onnx_peers(
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     plain, small = folder / "plain.onnx", folder / "small.onnx"
-    axes = dynamic_shapes()
-    torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=axes, verbose=False).save(plain)
+    rows = {"ONNX Runtime fp32": plain_onnx(model, inputs, plain)}
     quantize_dynamic(plain, small, weight_type=QuantType.QInt8)
-    return {"ONNX Runtime fp32": session(plain), "ONNX Runtime dynamic int8": session(small)}
-
-
-def session(path: Path) -> Encode:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    loaded = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def encode(ids: Tensor, mask: Tensor) -> Tensor:
-        (output,) = loaded.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-        return torch.from_numpy(output)
-
-    return encode
+    return rows | {"ONNX Runtime dynamic int8": onnx_session(small)}
 
 
 def quality(encode: Encode, reference: Encode) -> dict[str, float]:

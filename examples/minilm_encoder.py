@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -10,6 +12,9 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+"""Token ids and mask, [batch, seq] each, to vectors, [batch, 384]."""
 
 QUERIES = {
     "write a small anonymous function": "lambda",
@@ -65,6 +70,35 @@ def load_encoder() -> SentenceEncoder:
 
     logging.disable_progress_bar()
     return SentenceEncoder(AutoModel.from_pretrained(model_path())).eval()
+
+
+def plain_onnx(model: SentenceEncoder, inputs: tuple[Tensor, ...], path: Path) -> Encode:
+    """Export the model as PyTorch does it, and run it as ONNX Runtime comes."""
+    shapes = dynamic_shapes()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False
+        )
+    exported.save(path)
+    return onnx_session(path)
+
+
+def onnx_session(path: Path) -> Encode:
+    """Open an ONNX file on one thread."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def encode(ids: Tensor, mask: Tensor) -> Tensor:
+        (output,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        return torch.from_numpy(output)
+
+    return encode
 
 
 @dataclass(frozen=True)
