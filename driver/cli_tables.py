@@ -210,7 +210,7 @@ def doctor_view(data: Data) -> list[RenderableType]:
 def _by_path(program: Program, flops: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """Sum FLOPs, parameters and bytes by module path, numbered blocks together."""
     owners = {name: name.rpartition(".")[0] for name in program.tensors}
-    counts: list[dict[str, int]] = [dict(flops), {}, {}]
+    counts: list[dict[str, int]] = [dict(flops), dict(program.cost().coded_by_path), {}]
     for name, tensor in program.tensors.items():
         owner = owners[name]
         if name in program.parameters:

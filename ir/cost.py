@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,16 +46,17 @@ class Cost:
     flops: int
     bytes_moved: int
     by_kind: Mapping[str, int] = field(default_factory=dict)
-    _places: Sequence[tuple[str, Mapping[str, int]]] = field(default=(), repr=False)
+    _places: Sequence[tuple[str, _Tally]] = field(default=(), repr=False)
 
     @property
     def by_path(self) -> dict[str, int]:
         """FLOPs by module path."""
-        return {
-            ".".join(filter(None, (place, path))): count
-            for place, paths in self._places
-            for path, count in paths.items()
-        }
+        return _at_paths((place, tally.flops) for place, tally in self._places)
+
+    @property
+    def coded_by_path(self) -> dict[str, int]:
+        """Weights stored as codes, which are no parameters of the program, by module path."""
+        return _at_paths((place, tally.coded) for place, tally in self._places)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, without the table of paths."""
@@ -74,9 +75,9 @@ class _Tally:
     """Cost of one graph, calls not entered."""
 
     kinds: Counter[str] = field(default_factory=Counter)
-    paths: Counter[str] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
+    coded: Counter[str] = field(default_factory=Counter)
     bytes_moved: int = 0
-    stored_weights: int = 0
 
 
 def program_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Cost:
@@ -88,24 +89,30 @@ def program_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Co
     """
     size = concrete(program, sizes)
     tallies = {key: _tally(graph, size) for key, graph in program.graphs.items()}
-    kinds, places = Counter(tallies[MAIN].kinds), [("", tallies[MAIN].paths)]
-    moved, stored = tallies[MAIN].bytes_moved, tallies[MAIN].stored_weights
-    for name, instance in program.instances.items():
-        tally = tallies[instance.block]
+    places = [("", tallies[MAIN])]
+    places += [(name, tallies[instance.block]) for name, instance in program.instances.items()]
+    kinds: Counter[str] = Counter()
+    for _, tally in places:
         kinds.update(tally.kinds)
-        moved += tally.bytes_moved
-        stored += tally.stored_weights
-        places.append((name, tally.paths))
-    parameters = stored + sum(program.tensors[name].numel() for name in program.parameters)
+    parameters = sum(program.tensors[name].numel() for name in program.parameters)
+    parameters += sum(tally.coded.total() for _, tally in places)
     return Cost(
         parameters=parameters,
         activated_parameters=parameters,
         weight_bytes=sum(t.numel() * t.element_size() for t in program.tensors.values()),
         flops=sum(kinds.values()),
-        bytes_moved=moved,
+        bytes_moved=sum(tally.bytes_moved for _, tally in places),
         by_kind=dict(sorted(kinds.items())),
         _places=places,
     )
+
+
+def _at_paths(places: Iterable[tuple[str, Mapping[str, int]]]) -> dict[str, int]:
+    return {
+        ".".join(filter(None, (place, path))): count
+        for place, counts in places
+        for path, count in counts.items()
+    }
 
 
 def _tally(graph: fx.Graph, size: Callable[[Size], int]) -> _Tally:
@@ -117,11 +124,11 @@ def _tally(graph: fx.Graph, size: Callable[[Size], int]) -> _Tally:
         output = _shape(node, size)
         counts = node_flops(node, shapes, output)
         tally.kinds.update(counts)
-        tally.paths[local_path(node)] += sum(counts.values())
+        tally.flops[local_path(node)] += sum(counts.values())
         tally.bytes_moved += sum(_bytes(n, size) for n in (node, *_tensors(node)))
         structural = OPS.get(str(node.target))
         if structural is not None:
-            tally.stored_weights += structural.weights(shapes, output)
+            tally.coded[local_path(node)] += structural.weights(shapes, output)
     return tally
 
 
