@@ -18,13 +18,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .errors import OptionError
 from .signature import Signature
 
 if TYPE_CHECKING:
     from .cost import Cost
+    from .regions import Region
 
 MAIN = "main"
 
@@ -90,6 +91,21 @@ class Program:
     def with_(self, **changes: object) -> Program:
         """Return a program that differs in the given attributes and shares the rest."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+    def replace(self, region: Region, module: nn.Module, *, by: str = "replace") -> Program:
+        """Return a program in which a module stands in a region's place.
+
+        Args:
+            region: Where, as found by `ir.regions.regions`.
+            module: Takes the region's inputs and returns its outputs; traced and spliced in.
+            by: Who did it, kept in the provenance of the new nodes.
+
+        Raises:
+            VerifyError: The module returns another number, shape or type of values.
+        """
+        from .rewrite import rewrite
+
+        return rewrite(self, [(region, module)], by=by)
 
     def instances_of(self, block: str) -> list[str]:
         """Name the instances of a class, in execution order."""

@@ -56,6 +56,14 @@ def test_instances_that_differ_split_their_class(program: Program) -> None:
     assert len(new.graphs) == 3
 
 
+def test_a_program_replaces_one_region(program: Program, tokens: Tensor) -> None:
+    region = ups(program)[1]
+    new = program.replace(region, Scaled(region), by="by hand")
+    verify(new)
+    assert len({instance.block for instance in new.instances.values()}) == 2
+    torch.testing.assert_close(run(new, [tokens]), run(program, [tokens]))
+
+
 def test_new_nodes_know_their_pass_and_place(program: Program) -> None:
     new = rewrite(program, [(up, Scaled(up)) for up in ups(program)], by="my-pass")
     (node,) = [n for n in new.graphs["block0"].nodes if "mul" in str(n.target)]
