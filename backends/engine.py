@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,19 +97,13 @@ class Engine:
         self, args: Sequence[Any], kwargs: Mapping[str, Any], state: Mapping[str, Tensor]
     ) -> tuple[Any, dict[str, Tensor]]:
         """Return the result of a call and the next state."""
-        given = iter(self.program.signature.bind(args, kwargs))
-        inputs = [state[name] if name is not None else next(given) for name in self._order]
+        program = self.program
+        inputs = program.arranged(program.signature.bind(args, kwargs), state)
         outputs = self.lowered.run(inputs)
-        positions = {slot.output: slot.name for slot in self.program.state}
+        positions = {slot.output: slot.name for slot in program.state}
         results = [value for i, value in enumerate(outputs) if i not in positions]
         following = {name: outputs[i] for i, name in positions.items()}
-        return self.program.signature.pack(results), _owned(following, [*inputs, *results])
-
-    @cached_property
-    def _order(self) -> list[str | None]:
-        """Name the state that each placeholder of main takes; None for the caller's tensors."""
-        slots = {slot.input: slot.name for slot in self.program.state}
-        return [slots.get(n.name) for n in self.program.main.nodes if n.op == "placeholder"]
+        return program.signature.pack(results), _owned(following, [*inputs, *results])
 
 
 class Session:

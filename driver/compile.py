@@ -195,8 +195,7 @@ def _input_sets(
     sets: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = [(args, kwargs)]
     for item in islice(calibration or (), CALIBRATION_SETS):
         sets.append(((), item) if isinstance(item, Mapping) else (_as_tuple(item), {}))
-    state = [program.tensors[slot.name] for slot in program.state]
-    return [program.signature.bind(a, k) + state for a, k in sets]
+    return [program.arranged(program.signature.bind(a, k)) for a, k in sets]
 
 
 def _example(program: Program) -> list[Tensor]:
@@ -208,7 +207,7 @@ def _example(program: Program) -> list[Tensor]:
         value = torch.randn(shape, generator=generator)
         made.append(value.to(spec.dtype) if spec.dtype.is_floating_point else
                     torch.ones(shape, dtype=spec.dtype))  # fmt: skip
-    return made + [program.tensors[slot.name] for slot in program.state]
+    return program.arranged(made)
 
 
 def _as_tuple(item: Any) -> tuple[Any, ...]:

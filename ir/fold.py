@@ -28,14 +28,16 @@ def fold_blocks(program: Program) -> Program:
     nodes = [n for n in program.main.nodes if n.op == "call_function"]
     keys = intern([_node_key(node) for node in nodes])
     key_of = dict(zip(nodes, keys, strict=True))
+    order = {node: index for index, node in enumerate(nodes)}
     groups: list[list[Isomorph]] = []
     for stretch in find_stretches(keys, nodes):
-        groups += _isomorphic_runs(nodes, stretch, key_of)
+        if _chained(nodes, stretch):
+            groups += _isomorphic_runs(nodes, stretch, key_of)
     classes = []
     for group in groups:
         outputs = sorted({position for iso in group for position in iso.escaping()})
-        occurrences = _occurrences(group, outputs)
-        first = group[0]
+        occurrences = _occurrences(sorted(group, key=lambda iso: order[iso.nodes[0]]), outputs)
+        first = group[0]  # of all blocks the one whose inputs are least likely to coincide
         slots = dict(zip(first.weights, _slots(first), strict=True))
         results = [first.nodes[position] for position in outputs]
         graph = class_graph(first.nodes, first.inputs, slots, results, first.path)
@@ -66,6 +68,16 @@ class Isomorph:
         """Return the positions of nodes read outside the block."""
         inside = set(self.nodes)
         return [i for i, n in enumerate(self.nodes) if any(u not in inside for u in n.users)]
+
+
+def _chained(nodes: Sequence[fx.Node], stretch: Stretch) -> bool:
+    """Whether every block reads the one before it; parallel projections are no blocks."""
+    first, size = stretch.start, stretch.period
+    for begin in range(first + size, first + stretch.count * size, size):
+        before = set(nodes[begin - size : begin])
+        if all(before.isdisjoint(n.all_input_nodes) for n in nodes[begin : begin + size]):
+            return False
+    return True
 
 
 def _isomorphic_runs(

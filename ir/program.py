@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -25,7 +25,8 @@ from .signature import Signature
 
 if TYPE_CHECKING:
     from .cost import Cost
-    from .regions import Region
+    from .recognize import Attention, Block, Explanation, FeedForward, Norm
+    from .regions import R, Region
 
 MAIN = "main"
 
@@ -125,6 +126,21 @@ class Program:
         name = self.instances[instance].weights[slot] if instance else slot
         return self.tensors[name]
 
+    def arranged(
+        self, inputs: Sequence[Tensor], state: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return a call's tensors in the order of main's placeholders.
+
+        Args:
+            inputs: The caller's tensors, in the order of `signature.inputs`.
+            state: Current value by slot name; initial values when left out.
+        """
+        current = self.tensors if state is None else state
+        values = {slot.input: current[slot.name] for slot in self.state}
+        given = iter(inputs)
+        places = (node.name for node in self.main.nodes if node.op == "placeholder")
+        return [values[name] if name in values else next(given) for name in places]
+
     def nodes(self) -> int:
         """Count the nodes a flat graph would have, calls replaced by what they call."""
         sizes = {name: len(graph.nodes) for name, graph in self.graphs.items()}
@@ -148,6 +164,42 @@ class Program:
         from .cost import program_cost
 
         return program_cost(self)
+
+    def regions(self, kind: type[R]) -> list[R]:
+        """Return the regions of a kind in the whole model, in execution order."""
+        from .regions import regions
+
+        return list(regions(self, kind))
+
+    def attentions(self) -> list[Attention]:
+        """Return the attentions, in execution order."""
+        from .recognize import Attention
+
+        return self.regions(Attention)
+
+    def feed_forwards(self) -> list[FeedForward]:
+        """Return the feed-forward networks of residual blocks, in execution order."""
+        from .recognize import FeedForward
+
+        return self.regions(FeedForward)
+
+    def norms(self) -> list[Norm]:
+        """Return the norms, in execution order."""
+        from .recognize import Norm
+
+        return self.regions(Norm)
+
+    def blocks(self) -> list[Block]:
+        """Return the residual blocks, in execution order."""
+        from .recognize import Block
+
+        return self.regions(Block)
+
+    def explain(self) -> Explanation:
+        """Say which region owns every parameter and FLOP, and what nearly is a region."""
+        from .recognize import explain
+
+        return explain(self)
 
     def text(self) -> str:
         """Return the program as text that reads as Python; see `blockwright.ir.text`."""

@@ -100,9 +100,9 @@ def _longest_run(
 def _cut(nodes: Sequence[fx.Node], first: int, end: int, period: int) -> Stretch | None:
     """Choose where blocks begin: where fewest values cross, then where modules begin."""
     position = {node: index for index, node in enumerate(nodes[first:end], first)}
-    middle = first + period * max((end - first) // period // 2 - 1, 0)
+    middle = first + period * ((end - first) // period // 2)
     crossing = [0] * (period + 1)
-    for node in nodes[first : min(middle + 2 * period, end)]:
+    for node in nodes[first:end]:
         born = position[node]
         dies = max((position.get(user, end) for user in node.users), default=born)
         low, high = max(born + 1, middle), min(dies, middle + period - 1)

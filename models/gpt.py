@@ -37,6 +37,13 @@ class GPTConfig:
     ffn_dim: int = 3072
 
 
+GPT2_SMALL = GPTConfig()
+GPT2_MEDIUM = GPTConfig(dim=1024, heads=16, depth=24, ffn_dim=4096)
+GPT2_LARGE = GPTConfig(dim=1280, heads=20, depth=36, ffn_dim=5120)
+GPT2_XL = GPTConfig(dim=1600, heads=25, depth=48, ffn_dim=6400)
+TOY = GPTConfig(vocab=32, context=16, dim=8, heads=2, depth=3, ffn_dim=12)
+
+
 class GPT(nn.Module):
     """Token and position embeddings, blocks, final norm, and a head tied to the embedding."""
 

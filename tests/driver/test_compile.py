@@ -168,3 +168,29 @@ def test_a_hugging_face_directory(tmp_path: Path) -> None:
     assert type(result) is type(expected)
     torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state)
     assert len(engine.record["steps"][0]["receipt"]["changed"]) == 2
+
+
+class Counters(nn.Module):
+    """Two buffers, written in the other order than they are declared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("first", torch.zeros(()))
+        self.register_buffer("second", torch.full((2,), 10.0))
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.second += 1
+        self.first += 2
+        return self.linear(x) * self.first + self.second
+
+
+def test_state_passes_through_every_stage() -> None:
+    model, x = Counters(), torch.randn(3, 2)
+    engine = bw.compile(model, "quantize-weights", (x,), backend="eager")
+    assert {slot.name for slot in engine.program.state} == {"first", "second"}
+    session = engine.session()
+    weight = engine.program.require("linear.bias")
+    for step in (1, 2):
+        y = session(torch.zeros(3, 2))
+        torch.testing.assert_close(y[0], weight * 2 * step + 10 + step)

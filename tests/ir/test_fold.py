@@ -111,3 +111,19 @@ def test_a_shared_condition_is_an_input_of_every_block() -> None:
     assert len(program.instances) == 4
     inputs = [n for n in program.graphs["block0"].nodes if n.op == "placeholder"]
     assert len(inputs) == 2
+
+
+class Parallel(nn.Module):
+    """Three projections of one value, alike and not in a chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [layer(x).view(3, 2, 2).transpose(1, 2).tanh() for layer in self.layers]
+        return torch.cat(parts)
+
+
+def test_parallel_projections_are_no_blocks() -> None:
+    assert not captured(Parallel()).instances
