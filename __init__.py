@@ -15,11 +15,12 @@ from .backends.engine import Engine, Session
 from .driver.compile import compile
 from .ir.capture import capture
 from .ir.errors import BlockwrightError
-from .passes import FoldConstants, FuseProjections, QuantizeWeights
+from .passes import Canonicalize, FoldConstants, FuseProjections, QuantizeWeights
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockwrightError",
+    "Canonicalize",
     "Engine",
     "FoldConstants",
     "FuseProjections",

@@ -157,12 +157,15 @@ def inspect(
         sizes = parse_sizes(cost)
         require_sizes(program, sizes)
         data = tables.program_data(program, sizes)
+        explanation = program.explain()
     if as_json:
-        show_json(data | ({"text": program.text()} if text else {}))
+        more = {"explanation": explanation.to_json()}
+        show_json(data | more | ({"text": program.text()} if text else {}))
     elif text:
         typer.echo(program.text(), nl=False)
     else:
         show(*tables.program_view(data))
+        typer.echo(f"\nRecognised, at the example sizes\n{explanation}")
 
 
 @app.command("passes")

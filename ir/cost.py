@@ -176,7 +176,10 @@ def _product_kind(node: fx.Node) -> str:
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    """Return tensor arguments in order; one that is given twice stands twice."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return [n for n in found if isinstance(n.meta.get("val"), Tensor)]
 
 
 def _shape(node: fx.Node, size: Callable[[Size], int]) -> Shape:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .graphs import output_nodes, remove_dead
+from .graphs import copy_graph, output_nodes, remove_dead
 from .program import MAIN, Program
 
 
@@ -49,7 +49,7 @@ def to_module(program: Program) -> fx.GraphModule:
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         else:
             owner.register_buffer(leaf, tensor)
-    return fx.GraphModule(root, flat.main, class_name="Program")
+    return fx.GraphModule(root, copy_graph(flat.main), class_name="Program")
 
 
 def _inline(

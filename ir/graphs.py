@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 _ASSERTIONS = {
     "_assert_tensor_metadata", "_assert_scalar", "_assert_async",
@@ -23,6 +25,18 @@ def copy_graph(graph: fx.Graph, mapping: dict[fx.Node, fx.Node] | None = None) -
     for node in graph.nodes:
         env[node] = copy.node_copy(node, env.__getitem__)
     return copy
+
+
+def remembered(graph: fx.Graph, what: Any, make: Callable[[fx.Graph], T]) -> T:
+    """Return what `make` finds in a graph, finding it once.
+
+    Graphs in a Program never change. What is known of one lives and dies with it, and a copy
+    starts knowing nothing.
+    """
+    known: dict[Any, Any] = graph.__dict__.setdefault("_remembered", {})
+    if what not in known:
+        known[what] = make(graph)
+    return known[what]
 
 
 def output_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -10,12 +10,11 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
-from .graphs import module_path
+from .graphs import module_path, remembered
 from .program import MAIN, Program
 
 
@@ -79,14 +78,11 @@ class Region:
 
 R = TypeVar("R", bound=Region)
 
-# Graphs never change once they are in a Program, so what was found in one stays true.
-_found: WeakKeyDictionary[fx.Graph, dict[type[Region], list[Region]]] = WeakKeyDictionary()
-
 
 def regions(program: Program, *kinds: type[R]) -> Iterator[R]:
     """Yield the regions of the given kinds in the whole program, in execution order."""
     per_class = {
-        key: [region for kind in kinds for region in _find(graph, kind)]
+        key: _distinct([region for kind in kinds for region in find_once(graph, kind)])
         for key, graph in program.graphs.items()
     }
     in_main: dict[fx.Node, list[R]] = {}
@@ -118,8 +114,17 @@ def unique_paths(paths: list[str]) -> list[str]:
     return result
 
 
-def _find(graph: fx.Graph, kind: type[R]) -> list[R]:
-    cache = _found.setdefault(graph, {})
-    if kind not in cache:
-        cache[kind] = list(kind.find(graph))
-    return cache[kind]  # type: ignore[return-value]
+def _distinct(found: list[R]) -> list[R]:
+    """Give regions of several kinds in one graph different paths; none is empty."""
+    named = [r.kind.replace(" ", "_") + r.path if r.path[:1] in "#" else r.path for r in found]
+    paths = unique_paths(named)
+    for index, path in enumerate(paths):
+        if path != found[index].path:
+            found[index] = copy.copy(found[index])
+            found[index].__dict__["path"] = path
+    return found
+
+
+def find_once(graph: fx.Graph, kind: type[R]) -> list[R]:
+    """Return the regions of a kind in a graph, found once per graph."""
+    return list(remembered(graph, kind, kind.find))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, fx
 
 from .errors import VerifyError
-from .graphs import output_nodes
+from .graphs import output_nodes, remembered
 from .program import MAIN, Program
 from .regions import local_path
 from .shapes import describe, fake_mode
@@ -24,13 +24,6 @@ _LITERALS = (
     int, float, bool, str, complex, type(None),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-# Remembered per graph, for as long as the graph lives: graphs in a Program never change.
-_sound: WeakSet[fx.Graph] = WeakSet()
-_interfaces: WeakKeyDictionary[fx.Graph, _Interface] = WeakKeyDictionary()
-_call_lists: WeakKeyDictionary[fx.Graph, list[tuple[fx.Node, list[Any], list[Any]]]] = (
-    WeakKeyDictionary()
-)
-_derived: dict[Any, Any] = {}
 
 
 def verify(program: Program, *, by: str = "capture") -> None:
@@ -44,13 +37,16 @@ def verify(program: Program, *, by: str = "capture") -> None:
         VerifyError: An invariant is broken; the message names node and module path.
     """
     for key, graph in program.graphs.items():
-        if graph not in _sound:
-            check_order(graph, key, by)
-            check_shapes(graph, key, by)
-            _sound.add(graph)
+        remembered(graph, verify, partial(_check_graph, key=key, by=by))
     _check_signature(program, by)
     _check_calls(program, by)
     _check_weights(program, by)
+
+
+def _check_graph(graph: fx.Graph, key: str, by: str) -> bool:
+    check_order(graph, key, by)
+    check_shapes(graph, key, by)
+    return True
 
 
 def check_order(graph: fx.Graph, key: str, by: str) -> None:
@@ -110,12 +106,13 @@ def _derive(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """Run a node on fake values; remember the answer by op and arguments."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     mode = fake_mode(node.graph)
-    key = (node.target, id(mode), _layout(args), _layout(kwargs))
-    if key not in _derived:
+    derived: dict[Any, Any] = mode.__dict__.setdefault("_derived", {})
+    key = (node.target, _layout(args), _layout(kwargs))
+    if key not in derived:
         assert callable(node.target)
         with mode, torch.no_grad():
-            _derived[key] = (mode, node.target(*args, **kwargs))  # keeps the mode's id its own
-    return _derived[key][1]
+            derived[key] = node.target(*args, **kwargs)
+    return derived[key]
 
 
 def _layout(value: Any) -> Any:
@@ -149,7 +146,7 @@ def _check_signature(program: Program, by: str) -> None:
 def _check_calls(program: Program, by: str) -> None:
     """Check that calls and classes agree about what goes in and out."""
     called: set[str] = set()
-    for call, takes, gives in _calls(program.main):
+    for call, takes, gives in remembered(program.main, _calls, _calls):
         name = str(call.target)
         instance = program.instances.get(name)
         if instance is None or instance.block not in program.graphs:
@@ -228,27 +225,27 @@ class _Interface:
 
 
 def _interface(graph: fx.Graph) -> _Interface:
-    if graph not in _interfaces:
-        slots = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
-        values = [node.meta["val"] for node in slots.values()]
-        _interfaces[graph] = _Interface(
-            [describe(n.meta["val"]) for n in graph.nodes if n.op == "placeholder"],
-            [describe(n.meta["val"]) for n in output_nodes(graph)],
-            slots,
-            [(tuple(value.shape), value.dtype) for value in values],
-        )
-    return _interfaces[graph]
+    return remembered(graph, _Interface, _read_interface)
+
+
+def _read_interface(graph: fx.Graph) -> _Interface:
+    slots = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+    values = [node.meta["val"] for node in slots.values()]
+    return _Interface(
+        [describe(n.meta["val"]) for n in graph.nodes if n.op == "placeholder"],
+        [describe(n.meta["val"]) for n in output_nodes(graph)],
+        slots,
+        [(tuple(value.shape), value.dtype) for value in values],
+    )
 
 
 def _calls(main: fx.Graph) -> list[tuple[fx.Node, list[Any], list[Any]]]:
     """Return every call with what it passes and what it is recorded to return."""
-    if main not in _call_lists:
-        _call_lists[main] = [
-            (n, [describe(a.meta["val"]) for a in n.args], list(map(describe, n.meta["val"])))
-            for n in main.nodes
-            if n.op == "call_module"
-        ]
-    return _call_lists[main]
+    return [
+        (n, [describe(a.meta["val"]) for a in n.args], list(map(describe, n.meta["val"])))
+        for n in main.nodes
+        if n.op == "call_module"
+    ]
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

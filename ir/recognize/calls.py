@@ -1,0 +1,74 @@
+"""What single nodes of a graph do, asked the way finders ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..graphs import common_prefix
+from ..regions import local_path
+
+_RESHAPES = {
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "transpose",
+    "swapaxes", "permute", "movedim", "t", "unsqueeze", "squeeze", "expand", "expand_as",
+    "repeat_interleave", "view_as_complex", "view_as_real",
+}  # fmt: skip
+_COPIES = {"contiguous", "clone", "to", "_to_copy", "type_as", "alias", "detach", "dropout"}
+_PARTS = {"slice", "select", "narrow"}
+SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
+_SHIFTS = {"roll", "pad", "constant_pad_nd"}  # how windows of tokens are cut
+LAYERS = frozenset({"linear", "quantized_linear", "int8_linear"})
+LAYOUT = frozenset(_RESHAPES | _COPIES | _PARTS | SPLITS | {"getitem"})
+CARRYING = LAYOUT | _SHIFTS
+
+
+def op(node: fx.Node) -> str:
+    """Name what a node calls, without namespace and overload; empty for everything else."""
+    return _op(node.target) if node.op == "call_function" else ""
+
+
+@cache
+def _op(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    name = schema.name if schema is not None else target.__name__
+    return str(name).rpartition("::")[2]
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether a node is a linear layer over stored weights, dense or quantized."""
+    return op(node) in LAYERS and all(
+        argument.op == "get_attr" for argument in node.args[1:] if isinstance(argument, fx.Node)
+    )
+
+
+def peel(node: fx.Node, through: frozenset[str] = LAYOUT) -> fx.Node:
+    """Return the value that is only laid out differently in `node`."""
+    while op(node) in through and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read a value, those that only ask for its shape or type left out."""
+    return [
+        user
+        for user in node.users
+        if not op(user).startswith("sym_")
+        and not (op(user) in ("type_as", "view_as", "expand_as") and user.args[0] is not node)
+    ]
+
+
+def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
+    """Return a value's shape, dynamic sizes as symbols."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def joint_path(nodes: Iterable[fx.Node]) -> str:
+    """`mlp.up` and `mlp.down` give `mlp`; `up` and `down`, which share no module, `up_down`."""
+    paths = list(dict.fromkeys(filter(None, map(local_path, nodes))))
+    return common_prefix(paths) or "_".join(path.replace(".", "_") for path in paths)

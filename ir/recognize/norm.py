@@ -1,0 +1,153 @@
+"""Norms, as one op or written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, fx
+
+from ..graphs import aten
+from ..regions import Region, local_path, unique_paths
+
+_OPS = {
+    aten.layer_norm.default: ("layer_norm", ("input", "size", "weight", "bias", "eps")),
+    aten.rms_norm.default: ("rms_norm", ("input", "size", "weight", "eps")),
+    aten.group_norm.default: ("group_norm", ("input", "groups", "weight", "bias", "eps")),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Norm(Region):
+    """Layer norm, RMS norm or group norm.
+
+    Attributes:
+        form: `layer_norm`, `rms_norm` or `group_norm`.
+        size: Elements normalised together in the last axes; channels of a group norm.
+        groups: Groups of a group norm, else 1.
+        eps: Added to the variance; None stands for the machine epsilon of the value's type.
+        weight_node: The `get_attr` node of the scale, or None.
+        bias_node: The one of the shift, or None.
+        written_out: Whether several nodes spell it, as in `x * rsqrt(mean(x**2) + eps) * weight`.
+    """
+
+    form: str
+    size: int
+    groups: int = 1
+    eps: float | None = None
+    weight_node: fx.Node | None = None
+    bias_node: fx.Node | None = None
+    written_out: bool = False
+    kind: ClassVar[str] = "norm"
+
+    @property
+    def weight(self) -> Tensor | None:
+        """[size], or None."""
+        return None if self.weight_node is None else self.tensor(self.weight_node)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[size], or None."""
+        return None if self.bias_node is None else self.tensor(self.bias_node)
+
+    @classmethod
+    def find(cls, graph: fx.Graph) -> list[Self]:
+        """Return every norm whose scale and shift, if any, are parameters."""
+        found = []
+        for node in graph.nodes:
+            parts = _op_parts(node) or _written_out(node)
+            if parts is not None:
+                found.append(parts)
+        paths = unique_paths([local_path(parts["outputs"][0]) for parts in found])
+        return [cls(path=path, **parts) for path, parts in zip(paths, found, strict=True)]
+
+
+def _op_parts(node: Any) -> dict[str, Any] | None:
+    """Return what a norm op says, as fields of a `Norm`."""
+    if node.target not in _OPS:
+        return None
+    form, names = _OPS[node.target]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    weights = [given.get("weight"), given.get("bias")]
+    if any(weight is not None and weight.op != "get_attr" for weight in weights):
+        return None
+    value = given["input"]
+    axes = given.get("size", [value.meta["val"].shape[1]])
+    return {
+        "form": form,
+        "size": torch.Size(axes).numel(),
+        "groups": given.get("groups", 1),
+        "eps": given.get("eps", None if form == "rms_norm" else 1e-5),
+        "weight_node": weights[0],
+        "bias_node": weights[1],
+        "nodes": (node,),
+        "inputs": (value,),
+        "outputs": (node,),
+    }
+
+
+def _written_out(node: Any) -> dict[str, Any] | None:
+    """Match `x * rsqrt(mean(x * x) + eps)`, then perhaps a cast and a weight, from its root."""
+    if node.target not in (aten.rsqrt.default, aten.sqrt.default) or len(node.users) != 1:
+        return None
+    added = _alone(node.args[0], aten.add.Tensor)
+    mean = _alone(added and added.args[0], aten.mean.dim)
+    square = _square(mean and mean.args[0])
+    (last,) = node.users
+    if not square or mean.args[1] != [-1] or not isinstance(added.args[1], int | float):
+        return None
+    wide = square.args[0]
+    x = wide.args[0] if wide.target is aten.to.dtype else wide
+    scaled = aten.mul.Tensor if node.target is aten.rsqrt.default else aten.div.Tensor
+    if last.target is not scaled or not {wide, x} & set(last.args):
+        return None
+    owns_cast = wide is not x and {square, last}.issuperset(wide.users)
+    tail = list(_tail(last))
+    if tail and tail[-1].target is aten.to.dtype and not _same_type(tail[-1], x):
+        tail.pop()
+    width = int(x.meta["val"].shape[-1])
+    weights = [n for follower in tail for n in follower.all_input_nodes if n.op == "get_attr"]
+    if weights and tuple(weights[0].meta["val"].shape) != (width,):
+        weights, tail = [], []
+    return {
+        "form": "rms_norm",
+        "size": width,
+        "eps": added.args[1],
+        "weight_node": weights[0] if weights else None,
+        "nodes": (*((wide,) if owns_cast else ()), square, mean, added, node, last, *tail),
+        "inputs": (x if owns_cast else wide,),
+        "outputs": ((last, *tail)[-1],),
+        "written_out": True,
+    }
+
+
+def _alone(node: Any, target: object) -> Any:
+    """Return a node if it calls `target` and has one reader."""
+    return node if node and node.target is target and len(node.users) == 1 else None
+
+
+def _square(node: Any) -> Any:
+    power = _alone(node, aten.pow.Tensor_Scalar)
+    product = _alone(node, aten.mul.Tensor)
+    if (power and power.args[1] == 2) or (product and product.args[0] is product.args[1]):
+        return node
+    return _alone(node, aten.square.default)
+
+
+def _tail(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the cast and the product with a weight that end a norm."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        weighs = node.target is aten.mul.Tensor and any(
+            n.op == "get_attr" for n in node.all_input_nodes
+        )
+        if weighs or node.target is aten.to.dtype:
+            yield node
+        if node.target is not aten.to.dtype:
+            return
+
+
+def _same_type(node: fx.Node, other: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype == other.meta["val"].dtype)
