@@ -7,6 +7,7 @@ a small multiple of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -198,32 +199,54 @@ def check_bounds(
     if pass_.promise is not Promise.BOUNDED:
         return None
     step = max(1, len(replaced) // BOUNDS_CHECKED)
-    chosen = {(r.instance, r.nodes[0]): (r, m) for r, m in replaced[::step]}
-    worst, worst_at, checked = 0.0, "", 0
-    wanted: dict[tuple[str | None, fx.Node], Any] = {
-        (region.instance, node): None for region, _ in chosen.values() for node in region.inputs
-    }
+    checks = _Bounds(pass_, replaced[::step])
+    run(program, inputs[0], on_node=checks.saw)
+    return BoundCheck(checks.done, checks.worst, checks.worst_at) if checks.done else None
 
-    def keep(instance: str | None, node: fx.Node, value: Any) -> None:
-        if (instance, node) in wanted:
-            wanted[instance, node] = value
 
-    run(program, inputs[0], on_node=keep)
-    for region, module in chosen.values():
-        values = [_double(wanted[region.instance, node]) for node in region.inputs]
+class _Bounds:
+    """Checks each region as soon as its inputs have been computed, and lets go of them."""
+
+    def __init__(self, pass_: Pass[Any, Any], replaced: Sequence[tuple[Region, nn.Module]]) -> None:
+        self.pass_ = pass_
+        self.done, self.worst, self.worst_at = 0, 0.0, ""
+        self._waiting: dict[tuple[str | None, fx.Node], list[_Replaced]] = {}
+        for region, module in replaced:
+            waiting = _Replaced(region, module, {})
+            for node in dict.fromkeys(region.inputs):
+                self._waiting.setdefault((region.instance, node), []).append(waiting)
+
+    def saw(self, instance: str | None, node: fx.Node, value: Any) -> None:
+        """Take a value; check the regions it completes."""
+        for waiting in self._waiting.pop((instance, node), ()):
+            waiting.values[node] = value
+            if len(waiting.values) == len(set(waiting.region.inputs)):
+                self._check(waiting.region, waiting.module, waiting.values)
+                waiting.values.clear()
+
+    def _check(self, region: Region, module: nn.Module, known: dict[fx.Node, Any]) -> None:
+        values = [_double(known[node]) for node in region.inputs]
         module = module.double()
-        with torch.no_grad():
-            limit = pass_.bound(region, module, *values)
-            if limit is None:
-                continue
-            expected = region.replay(values, torch.float64)[0]
-            error = (module(*values) - expected).abs()
+        limit = self.pass_.bound(region, module, *values)
+        if limit is None:
+            return
+        expected = region.replay(values, torch.float64)[0]
+        error = (module(*values) - expected).abs()
         slack = 64 * torch.finfo(torch.float32).eps * expected.abs().max()
         ratio = float((error / (limit * 1.001 + slack)).max()) if error.numel() else 0.0
-        checked += 1
-        if ratio >= worst:
-            worst, worst_at = ratio, region.label
-    return BoundCheck(checked, worst, worst_at) if checked else None
+        ratio = math.inf if math.isnan(ratio) else ratio
+        self.done += 1
+        if ratio >= self.worst:
+            self.worst, self.worst_at = ratio, region.label
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """A region that waits for its inputs."""
+
+    region: Region
+    module: nn.Module
+    values: dict[fx.Node, Any]
 
 
 def _check_exact(

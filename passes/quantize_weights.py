@@ -228,8 +228,11 @@ def quantize_rows(
     weight: Float[Tensor, "rows columns"], limit: int = 127
 ) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows 1"]]:
     """Return symmetric int8 codes within +-`limit` and one scale per row."""
-    scale = _positive(weight.float().abs().amax(dim=1, keepdim=True) / limit)
-    codes = torch.round(weight.float() / scale).clamp(-limit, limit)
+    values = weight.float()
+    # Tables are large: one temporary of their size is enough.
+    largest = torch.linalg.vector_norm(values, ord=float("inf"), dim=1, keepdim=True)
+    scale = _positive(largest / limit)
+    codes = (values / scale).round_().clamp_(-limit, limit)
     return codes.to(torch.int8), scale
 
 
