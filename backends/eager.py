@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,15 +20,22 @@ class EagerBackend(Backend):
 
     def lower(self, program: Program, options: Mapping[str, Any]) -> Lowered:
         refuse_unsupported(program, self.name)
-        return EagerProgram(lower_structural(program, options).module())
+        lowered = lower_structural(program, options)
+        return EagerProgram(lowered.module(), lowered.tensors.values())
 
 
 class EagerProgram(Lowered):
     """A flat graph module."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, weights: Iterable[Tensor]) -> None:
         self.module = module
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in weights}
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return list(self.module(*inputs))
+            return [self._own(value) for value in self.module(*inputs)]
+
+    def _own(self, value: Any) -> Any:
+        """Copy an output that is a weight, or the caller could write into the program."""
+        held = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self._held
+        return value.clone() if held else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,27 @@ def blueprint(module: nn.Module) -> tuple[dict[str, Tensor], object]:
     return tensors, tuple(parts)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether all attributes of a module and its children are plain data."""
+    return not any(
+        _is_opaque(_plain(value))
+        for child in module.modules()
+        for attribute, value in child.__dict__.items()
+        if attribute not in _OWN
+    )
+
+
+def _is_opaque(plain: object) -> bool:
+    return isinstance(plain, _Opaque) or (isinstance(plain, tuple) and any(map(_is_opaque, plain)))
+
+
+class _Opaque(NamedTuple):
+    """An object that is equal to itself only."""
+
+    kind: type
+    identity: int
+
+
 def _plain(value: Any) -> object:
     """Return something hashable that is equal for equal plain data."""
     if value is None or isinstance(value, int | float | str | bool | torch.dtype):
@@ -45,4 +66,4 @@ def _plain(value: Any) -> object:
     named = getattr(value, "__qualname__", "<")
     if callable(value) and "<" not in named and getattr(value, "__self__", None) is None:
         return (value.__module__, named)
-    return (type(value), id(value))
+    return _Opaque(type(value), id(value))

@@ -48,7 +48,7 @@ def from_exported(
         held: Every tensor of the model by every name, ties included.
     """
     if any(is_mutable(node) for node in exported.graph.nodes):
-        exported = exported.run_decompositions({})
+        exported = _functional(exported)
     tensors, canonical = _tensors(exported, held or {})
     graph, state = _graph(exported, canonical)
     signature = _signature(exported, graph, parameters, symbols or {})
@@ -64,6 +64,17 @@ def from_exported(
         notes=notes + _randomness(graph),
     )
     return fold_blocks(program) if fold else program
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program with every write turned into a new value."""
+    try:
+        return exported.run_decompositions({})
+    except Exception as error:  # torch asserts what it cannot do
+        raise CaptureError(
+            "a tensor that the model writes into cannot be made a value of its own.",
+            remedy="give a written buffer one name, and let no other buffer be a view of it.",
+        ) from error
 
 
 def without_unread(program: Program) -> Program:
@@ -249,10 +260,11 @@ def _user_outputs(exported: ExportedProgram) -> list[str]:
 
 def _reject_unsupported(exported: ExportedProgram) -> None:
     for spec in exported.graph_signature.output_specs:
-        if spec.kind == OutputKind.USER_INPUT_MUTATION:
+        if spec.kind not in (OutputKind.USER_OUTPUT, OutputKind.BUFFER_MUTATION):
+            what = "input" if spec.kind == OutputKind.USER_INPUT_MUTATION else "parameter"
             raise CaptureError(
-                f"the model writes into its input {spec.target!r}.",
-                remedy="clone the input before changing it.",
+                f"the model writes into its {what} {spec.target!r}.",
+                remedy="clone it before changing it, or make a parameter that changes a buffer.",
             )
     for item in exported.graph_signature.input_specs:
         if isinstance(item.arg, CustomObjArgument):
@@ -273,7 +285,6 @@ def _randomness(graph: fx.Graph) -> tuple[str, ...]:
         for node in graph.nodes
         if seeded in getattr(node.target, "tags", ())
         and node.target.namespace == "aten"
-        and "dropout" not in str(node.target)
         and "attention" not in str(node.target)
     )
 

@@ -77,8 +77,6 @@ def skip_noise(node: fx.Node) -> fx.Node | None:
         return source
     if name in ("dropout", "feature_dropout") and (not node.args[2] or node.args[1] == 0):
         return source
-    if name == "clone" and not node.kwargs.get("memory_format"):
-        return source  # nothing writes into values any more
     if name == "to" and _same_kind(source, node) and not _copies(node):
         return source
     return None

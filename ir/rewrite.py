@@ -7,8 +7,10 @@ about what stands where no longer share a graph: the class splits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any, Self
 
 import torch
@@ -46,10 +48,6 @@ class Replacement:
         weights, key = blueprint(module)
         return cls(region, module, weights, key)
 
-    def slots(self) -> dict[str, Tensor]:
-        """Return the weights by the slots of the class graph they will fill."""
-        return {self.slot(name): tensor for name, tensor in self.weights.items()}
-
     def slot(self, name: str) -> str:
         """Return the slot of a weight."""
         return f"{self.region.path}.{name}" if self.region.path else name
@@ -72,13 +70,16 @@ def rewrite(
     by_place: dict[str | None, list[Replacement]] = {}
     for region, module in replacements:
         by_place.setdefault(region.instance, []).append(Replacement.of(region, module))
+    for found in by_place.values():
+        _refuse_overlap([replacement.region for replacement in found], by)
     traces: dict[Any, Traced] = {}
-    change = _Change(dict(program.graphs), dict(program.instances), {}, set())
+    change = _Change(dict(program.graphs), dict(program.instances))
     if None in by_place:
         graph, slots = _splice(program.main, by_place[None], traces, by)
         change.graphs[MAIN] = graph
-        for slot, tensor in slots.items():
-            change.add(slot, tensor)
+        change.unnamed.update(slots)
+        for node, tensor in _filled(slots, by_place[None]):
+            change.add(str(node.target), tensor, partial(setattr, node, "target"))
     for block in dict.fromkeys(instance.block for instance in program.instances.values()):
         _rewrite_class(program, block, by_place, traces, by, change)
     return _finish(program, change)
@@ -86,17 +87,76 @@ def rewrite(
 
 @dataclass
 class _Change:
-    """What a rewrite gathers before it becomes a program."""
+    """What a rewrite gathers before it becomes a program.
+
+    Names of new tensors are settled last, when it is known which old ones are still read.
+    """
 
     graphs: dict[str, fx.Graph]
     instances: dict[str, Instance]
-    tensors: dict[str, Tensor]
-    parameters: set[str]
+    added: list[tuple[str, Tensor, Callable[[str], None]]] = field(default_factory=list)
+    unnamed: set[fx.Node] = field(default_factory=set)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name] = tensor.detach()
-        if isinstance(tensor, nn.Parameter):
-            self.parameters.add(name)
+    def add(self, name: str, tensor: Tensor, settle: Callable[[str], None]) -> None:
+        """Keep a tensor under `name` or a name like it; `settle` is told which."""
+        self.added.append((name, tensor, settle))
+
+    def settle(self, program: Program) -> tuple[dict[str, Tensor], set[str]]:
+        """Name the new tensors; return all tensors, and which of the new are parameters."""
+        taken = {
+            str(node.target)
+            for node in self.graphs[MAIN].nodes
+            if node.op == "get_attr" and node not in self.unnamed
+        }
+        taken.update(slot.name for slot in program.state)
+        for instance in self.instances.values():
+            taken.update(instance.weights.values())
+        tensors, parameters = dict(program.tensors), set[str]()
+        held = {_place(t): n for n, t in program.tensors.items() if _place(t)}
+        for wanted, tensor, settle in self.added:
+            name = held.get(_place(tensor) or id(tensor))
+            if name is None or name not in tensors:
+                name = next(n for n in _variants(wanted) if n not in taken)
+                tensors[name] = tensor.detach()
+                held[_place(tensor) or id(tensor)] = name
+                if isinstance(tensor, nn.Parameter):
+                    parameters.add(name)
+            taken.add(name)
+            settle(name)
+        return tensors, parameters
+
+
+def _place(tensor: Tensor) -> object:
+    """Return where a tensor lies and how; None for one without memory."""
+    if tensor.is_meta or not tensor.numel():
+        return None
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _variants(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}#{number}" for number in count(1))
+
+
+def _filled(
+    slots: Sequence[fx.Node], replacements: Sequence[Replacement]
+) -> list[tuple[fx.Node, Tensor]]:
+    """Pair new slots with the tensors of one instance; slots that nothing reads are gone."""
+    tensors = [tensor for r in replacements for tensor in r.weights.values()]
+    return [(node, t) for node, t in zip(slots, tensors, strict=True) if not node._erased]
+
+
+def _refuse_overlap(regions: Sequence[Region], by: str) -> None:
+    seen: dict[fx.Node, Region] = {}
+    for region in regions:
+        for node in region.nodes:
+            if node in seen:
+                raise VerifyError(
+                    f"{by} replaces {node.name} twice.",
+                    where=f"{region.label} and {seen[node].label}",
+                    remedy="leave one of them out with exclude=..., and run the pass again.",
+                )
+            seen[node] = region
 
 
 @dataclass(frozen=True)
@@ -122,7 +182,8 @@ def trace(module: nn.Module, inputs: Sequence[Any], mode: Any) -> Traced:
         weights = dict(zip(named, flat[: len(named)], strict=True))
         return torch.func.functional_call(module, weights, flat[len(named) :])
 
-    with torch.no_grad(), mode:
+    # Old and new program share symbols: a trace that asks for a size may not settle it for both.
+    with torch.no_grad(), mode, mode.shape_env.suppress_guards():
         traced = make_fx(call, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
             *fakes, *inputs
         )
@@ -156,38 +217,52 @@ def _rewrite_class(
                 change.instances[name] = Instance(target, program.instances[name].weights)
             continue
         graph, slots = _splice(program.graphs[block], by_place[names[0]], traces, by)
-        kept = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - slots.keys()
+        fresh = set(slots)
+        kept = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n not in fresh}
         change.graphs[target] = graph
         for name in names:
             weights = {s: program.instances[name].weights[s] for s in kept}
-            for replacement in by_place[name]:
-                for slot, tensor in replacement.slots().items():
-                    weights[slot] = f"{name}.{slot}"
-                    change.add(weights[slot], tensor)
+            for node, tensor in _filled(slots, by_place[name]):
+                slot = str(node.target)
+                change.add(f"{name}.{slot}", tensor, partial(weights.__setitem__, slot))
             change.instances[name] = Instance(target, weights)
 
 
 def _splice(
     old: fx.Graph, replacements: Sequence[Replacement], traces: dict[Any, Traced], by: str
-) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """Copy a graph with regions replaced; return it with the tensors of its new slots."""
+) -> tuple[fx.Graph, list[fx.Node]]:
+    """Copy a graph with regions replaced; return it with the `get_attr` nodes of new weights."""
     mapping: dict[fx.Node, fx.Node] = {}
     graph = copy_graph(old, mapping)
-    slots: dict[str, Tensor] = {}
+    order = {node: index for index, node in enumerate(old.nodes)}
+    new: list[fx.Node] = []
     for replacement in replacements:
         region = replacement.region
-        slots |= replacement.slots()
         inputs = [mapping[node] for node in region.inputs]
         values = [node.meta["val"] for node in inputs]
         key = (replacement.key, tuple(map(describe, values)))
         if key not in traces:
             traces[key] = trace(replacement.module, values, fake_mode(old))
-        results = _insert(graph, replacement, traces[key], inputs, mapping, by)
+        latest = max((order[node] for node in region.inputs), default=-1)
+        anchor = next(node for node in region.nodes if order[node] > latest)
+        with graph.inserting_before(mapping[anchor]):
+            results, weights = _insert(graph, replacement, traces[key], inputs, by)
+        new += weights
         for node, result in zip(region.outputs, results, strict=True):
             mapping[node].replace_all_uses_with(result)
             mapping[node] = result
     remove_dead(graph)
-    return graph, slots
+    _name_slots(graph, new)
+    return graph, new
+
+
+def _name_slots(graph: fx.Graph, new: Sequence[fx.Node]) -> None:
+    """Give new slots names that no other slot of the graph has."""
+    fresh = set(new)
+    taken = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n not in fresh}
+    for node in new:
+        node.target = next(name for name in _variants(str(node.target)) if name not in taken)
+        taken.add(node.target)
 
 
 def _insert(
@@ -195,43 +270,41 @@ def _insert(
     replacement: Replacement,
     traced: Traced,
     inputs: list[fx.Node],
-    mapping: Mapping[fx.Node, fx.Node],
     by: str,
-) -> list[fx.Node]:
-    """Copy the traced nodes to where the region stands and return their results."""
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Copy the traced nodes to the insertion point; return results and new weights."""
     region = replacement.region
-    first = mapping[region.nodes[0]]
     given = iter([None] * len(traced.weights) + list(inputs))
     names = iter(traced.weights)
     env: dict[fx.Node, fx.Node] = {}
+    weights: list[fx.Node] = []
     source = region.outputs[0]
-    with graph.inserting_before(first):
-        for node in traced.graph.nodes:
-            if node.op == "placeholder":
-                value = next(given)
-                if value is None:
-                    env[node] = graph.get_attr(replacement.slot(next(names)))
-                    env[node].meta = {"val": node.meta["val"]}
-                else:
-                    env[node] = value
-            elif node.op != "output":
-                if node.op == "get_attr":
-                    raise VerifyError(
-                        f"{by}: the replacement makes a tensor inside forward ({node.target}).",
-                        where=region.label,
-                        remedy="register it as a buffer of the module.",
-                    )
-                env[node] = graph.node_copy(node, env.__getitem__)
-                env[node].meta = {
-                    "val": node.meta.get("val"),
-                    "nn_module_stack": source.meta.get("nn_module_stack", {}),
-                    "stack_trace": source.meta.get("stack_trace"),
-                    "local_path": region.path,
-                    "from_node": [NodeSource(source, by, NodeSourceAction.REPLACE)],
-                }
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            value = next(given)
+            if value is None:
+                value = graph.get_attr(replacement.slot(next(names)))
+                value.meta = {"val": node.meta["val"]}
+                weights.append(value)
+            env[node] = value
+        elif node.op != "output":
+            if node.op == "get_attr":
+                raise VerifyError(
+                    f"{by}: the replacement makes a tensor inside forward ({node.target}).",
+                    where=region.label,
+                    remedy="register it as a buffer of the module.",
+                )
+            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].meta = {
+                "val": node.meta.get("val"),
+                "nn_module_stack": source.meta.get("nn_module_stack", {}),
+                "stack_trace": source.meta.get("stack_trace"),
+                "local_path": region.path,
+                "from_node": [NodeSource(source, by, NodeSourceAction.REPLACE)],
+            }
     results = [env[node] for node in output_nodes(traced.graph)]
     _check_outputs(region, results, by)
-    return results
+    return results, weights
 
 
 def _check_outputs(region: Region, results: Sequence[fx.Node], by: str) -> None:
@@ -249,12 +322,12 @@ def _finish(program: Program, change: _Change) -> Program:
     """Assemble the new program and drop tensors that only replaced regions read."""
     order = [str(node.target) for node in change.graphs[MAIN].nodes if node.op == "call_module"]
     live = {MAIN, *(change.instances[name].block for name in order)}
-    tensors = {**program.tensors, **change.tensors}
+    tensors, parameters = change.settle(program)
     new = program.with_(
         graphs={key: graph for key, graph in change.graphs.items() if key in live},
         instances={name: change.instances[name] for name in order},
         tensors=tensors,
-        parameters=program.parameters | change.parameters,
+        parameters=program.parameters | parameters,
     )
     dropped = new.unused_tensors() - program.unused_tensors()
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .blueprint import blueprint
+from .blueprint import blueprint, is_plain
 from .fold import Occurrence, class_graph, outline
 from .graphs import is_mutable
 from .program import Program
@@ -133,13 +134,13 @@ class Press:
                     block.forward = self._divert(number, path, block, block.forward)
                 for _, block in group[1:]:
                     for child in block.modules():
-                        kept = {k: getattr(child, k) for k in ("_parameters", "_buffers")}
+                        kept = {k: child.__dict__[k] for k in ("_parameters", "_buffers")}
                         hidden.append((child, kept))
-                        child._parameters, child._buffers = {}, {}
+                        child.__dict__.update({k: _Hidden(held) for k, held in kept.items()})
             yield
         finally:
             Press.current = None
-            for child, kept in hidden:
+            for child, kept in reversed(hidden):
                 child.__dict__.update(kept)
             for group in self.groups:
                 for _, block in group:
@@ -169,7 +170,13 @@ class Press:
                 inside = iter(self._mark(Mark(kind, "enter", path, block), tensors))
                 given = [next(inside) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 args, kwargs = pytree.tree_unflatten(given, spec)
+                before = blueprint(block)[1]
                 results, kind.structure = pytree.tree_flatten(forward(*args, **kwargs))
+                after = pytree.tree_leaves((args, kwargs))
+                if len(after) != len(given) or any(a is not b for a, b in zip(after, given)):  # noqa: B905
+                    raise Unfit(f"{path} changes its arguments")
+                if blueprint(block)[1] != before:
+                    raise Unfit(f"{path} changes its own attributes")
                 if not all(isinstance(result, Tensor) for result in results):
                     raise Unfit(f"{path} returns something else than tensors")
                 kind.outputs = list(map(_Layout.of, results))
@@ -186,16 +193,35 @@ class Press:
         return list(torch.ops.blockwright.mark(list(values), len(self.marks) - 1))
 
 
+class _Hidden(dict[str, Any]):
+    """An empty table that remembers which names it hides, and tells whoever asks for one."""
+
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def __contains__(self, name: object) -> bool:
+        if name in self.names:
+            raise Unfit(f"something reads {name} of a block from outside")
+        return False
+
+
 def find_repeats(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
-    """Return lists of equal blocks: siblings in one container, without hooks."""
+    """Return lists of equal blocks.
+
+    They are siblings in one container, have no hooks, hold plain attributes only, and share no
+    module with each other or the rest of the model.
+    """
     groups: list[list[tuple[str, nn.Module]]] = []
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for path, container in model.named_modules():
         if not isinstance(container, nn.ModuleList | nn.Sequential) or len(container) < FEWEST:
             continue
         by_key: dict[object, list[tuple[str, nn.Module]]] = {}
         for name, block in container.named_children():
             hooked = any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-            if not hooked and "forward" not in vars(block):
+            shared = any(places[id(m)] > 1 for m in block.modules())
+            if not (hooked or shared or "forward" in vars(block)) and is_plain(block):
                 _, key = blueprint(block)
                 by_key.setdefault(key, []).append((f"{path}.{name}".strip("."), block))
         groups += [group for group in by_key.values() if len(group) >= FEWEST]
@@ -257,6 +283,8 @@ def _class_of(
     for node in computed:
         if is_mutable(node):
             raise Unfit(f"{path} writes into a tensor")
+        if not inside.issuperset(set(node.users) - {leave.node}):
+            raise Unfit(f"{node} of {path} is read from outside")
         for source in node.all_input_nodes:
             if source not in inside and source not in weights:
                 if source.op != "get_attr" or str(source.target) not in own:
@@ -311,8 +339,13 @@ def check_stamped(program: Program, press: Press, draw: random.Random) -> None:
         raise Unfit(f"{entry.path} computes something else than {entry.kind.path}")
 
 
-def _ops(graph: fx.Graph) -> list[str]:
-    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+def _ops(graph: fx.Graph) -> list[object]:
+    """Return what a graph calls, with literals that cannot be sizes."""
+    return [
+        (str(n.target), [a for a in (*n.args, *n.kwargs.values()) if isinstance(a, float | str)])
+        for n in graph.nodes
+        if n.op == "call_function"
+    ]
 
 
 def _picked(node: fx.Node) -> dict[int, fx.Node]:

@@ -117,7 +117,7 @@ def _cut(nodes: Sequence[fx.Node], first: int, end: int, period: int) -> Stretch
         if count < 2:
             continue
         prefix = len(common_prefix(map(module_path, nodes[start : start + period])).split("."))
-        rank = (live, -count, -prefix, start)
+        rank = (live, -prefix, -count, start)
         if best is None or rank < best[0]:
             best = (rank, Stretch(start, period, count))
     return best[1] if best else None

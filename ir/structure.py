@@ -9,6 +9,7 @@ and otherwise returns an `Outputs`, which reads the same way.
 from __future__ import annotations
 
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -54,6 +55,8 @@ class Structure:
         if spec.is_leaf():
             return cls("leaf")
         kind = _KINDS.get(spec.type) or f"{spec.type.__module__}:{spec.type.__qualname__}"
+        if _is_named_tuple(spec.type):
+            kind = "tuple"  # named tuples come back as plain ones
         children = tuple(cls.from_spec(child) for child in spec.children())
         return cls(kind, tuple(map(str, _names(spec))), children)
 
@@ -115,7 +118,7 @@ _BUILDERS: dict[str, Callable[[tuple[str, ...], list[Any]], Any]] = {
 
 def _names(spec: pytree.TreeSpec) -> Sequence[Any]:
     """Return the child names a pytree context carries, or none for sequences."""
-    if spec.type in (tuple, list, type(None)):
+    if spec.type in (tuple, list, type(None)) or _is_named_tuple(spec.type):
         return ()
     context = spec.context
     if isinstance(context, list) and context and isinstance(context[0], list):
@@ -123,6 +126,11 @@ def _names(spec: pytree.TreeSpec) -> Sequence[Any]:
     if isinstance(context, Sequence) and len(context) == spec.num_children:
         return context
     return [str(index) for index in range(spec.num_children)]
+
+
+def _is_named_tuple(kind: Any) -> bool:
+    """Whether a pytree type is `namedtuple`, or a tuple with names such as `torch.max` returns."""
+    return kind is namedtuple or (isinstance(kind, type) and issubclass(kind, tuple))
 
 
 def _imported(kind: str) -> Callable[..., Any] | None:

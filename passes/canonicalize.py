@@ -57,7 +57,7 @@ class Canonicalize(
         if isinstance(region, Norm):
             if not region.written_out:
                 return Skip("is one op already", at=region)
-            if len(region.nodes) > len([n for n in region.nodes if "to." not in str(n.target)]):
+            if any("to." in str(node.target) for node in region.nodes) or _mixes_types(region):
                 return Skip("computes in another type than it reads", at=region)
             return "rms_norm"
         if isinstance(region, TransposedLinear):
@@ -75,6 +75,11 @@ class Canonicalize(
         if isinstance(region, SpelledAttention):
             return Attention({"scale": region.scale})
         return Attention(dict(region.options) | {"enable_gqa": True})
+
+
+def _mixes_types(norm: Norm) -> bool:
+    read = norm.inputs[0].meta["val"].dtype
+    return norm.weight is not None and norm.weight.dtype != read
 
 
 class RMSNorm(nn.Module):

@@ -100,6 +100,8 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
             return Skip("shares its weight with another place of the model", at=region)
         if not region.weight.is_floating_point():
             return Skip(f"has {region.weight.dtype} weights", at=region)
+        if not region.weight.numel():
+            return Skip("has no weights", at=region)
         features = region.weight.shape[1]
         if isinstance(region, Embedding):
             return Codes(8, features, True)
@@ -108,7 +110,8 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
 
     def replace(self, region: Linear | Embedding, codes: Codes) -> nn.Module:
         if isinstance(region, Embedding):
-            return QuantizedEmbedding(*quantize_rows(region.weight))
+            matrix, scale = quantize_rows(region.weight)
+            return QuantizedEmbedding(matrix, scale.to(region.weight.dtype))
         if codes.activations:
             limit = int8_linear.WEIGHT_LIMIT
             matrix, scale = quantize_rows(region.weight, limit)

@@ -33,8 +33,8 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) ->
     small = codes.shape[0] * 127 * WEIGHT_LIMIT < 2**24
     exact = torch.promote_types(x.dtype, torch.float32 if small else torch.float64)
     total = quantized.to(exact) @ codes.to(exact)
-    y = total.to(x.dtype) * step * scale
-    return y if bias is None else y + bias
+    y = total.to(torch.promote_types(x.dtype, torch.float32)) * step * scale
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,8 @@ def _joint_path(group: tuple[Linear, ...]) -> str:
 
 
 def _is_linear(node: fx.Node) -> bool:
+    if node.target is not aten.linear.default:
+        return False
     weights: Any = node.args[1:]
-    return node.target is aten.linear.default and all(
-        weight is None or weight.op == "get_attr" for weight in weights
-    )
+    held = all(weight is None or weight.op == "get_attr" for weight in weights)
+    return held and weights[0].meta["val"].dim() == 2

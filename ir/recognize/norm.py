@@ -98,10 +98,14 @@ def _written_out(node: Any) -> dict[str, Any] | None:
     (last,) = node.users
     if not square or mean.args[1] != [-1] or not isinstance(added.args[1], int | float):
         return None
+    if added.kwargs or not (len(mean.args) > 2 and mean.args[2]):
+        return None  # a scaled sum, or a mean that lost its axis
     wide = square.args[0]
     x = wide.args[0] if wide.target is aten.to.dtype else wide
     scaled = aten.mul.Tensor if node.target is aten.rsqrt.default else aten.div.Tensor
     if last.target is not scaled or not {wide, x} & set(last.args):
+        return None
+    if scaled is aten.div.Tensor and last.args[1] is not node:
         return None
     owns_cast = wide is not x and {square, last}.issuperset(wide.users)
     tail = list(_tail(last))

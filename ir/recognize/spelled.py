@@ -154,7 +154,7 @@ def _attention_parts(node: Any) -> dict[str, Any] | None:
     if product is None or product.target is not aten.matmul.default or product.args[0] is not node:
         return None
     scores, mask, scale, inner = node.args[0], None, 1.0, []
-    if _is(scores, aten.add.Tensor) and isinstance(scores.args[1], fx.Node):
+    if _is(scores, aten.add.Tensor) and isinstance(scores.args[1], fx.Node) and not scores.kwargs:
         inner.append(scores)
         scores, mask = scores.args
     if _is(scores, aten.mul.Tensor, aten.div.Tensor) and isinstance(scores.args[1], int | float):
@@ -172,7 +172,8 @@ def _attention_parts(node: Any) -> dict[str, Any] | None:
     values = [n.meta["val"] for n in (q, k, v)]
     if any(value.dim() != 4 for value in values) or any(len(n.users) > 1 for n in inner):
         return None
-    if mask is not None and mask.meta["val"].dtype != values[0].dtype:
+    added = None if mask is None else mask.meta["val"]
+    if added is not None and (added.dtype != values[0].dtype or added.dim() < 2):
         return None
     return {
         "nodes": (*reversed(inner), node, product),
@@ -210,6 +211,8 @@ def _repeated(node: Any) -> tuple[tuple[fx.Node, ...], fx.Node] | None:
     expand = node.args[0]
     source, nodes = expand.args[0], [expand, node]
     while _is(source, aten.slice.Tensor, aten.unsqueeze.default):
+        if source.target is aten.unsqueeze.default and source.args[1] not in (2, -3):
+            return None  # a tile, which is another order of heads
         nodes.insert(0, source)
         source = source.args[0]
     old, wide, new = (n.meta["val"].shape for n in (source, expand, node))

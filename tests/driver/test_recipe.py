@@ -180,8 +180,8 @@ def test_toml_refuses_what_it_cannot_tell() -> None:
 MISTAKES = {
     "fuse-projection": "there is no pass 'fuse-projection'. [column 1 of the recipe, at"
     " 'fuse-projection'] Try: did you mean fuse-projections?",
-    "zzz": "Try: use one of broken-pass, fold-constants, fuse-projections, hold-everything,"
-    " quantize-weights.",
+    "zzz": "Try: use one of broken-pass, canonicalize, fold-constants, fuse-projections,"
+    " hold-everything, quantize-weights.",
     "broken-pass": "pass 'broken-pass' of no_such_module:Pass does not load: ModuleNotFoundError:"
     " No module named 'no_such_module' [column 1",
     "quantize-weights{bit=4}": "quantize-weights has no option 'bit'. [column 18 of the recipe,"

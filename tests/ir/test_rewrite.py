@@ -109,3 +109,24 @@ def test_a_rewritten_program_runs_at_another_batch(program: Program) -> None:
         new.module(), (tokens,), dynamic_shapes=[{0: torch.export.Dim("batch", max=64)}]
     )
     torch.testing.assert_close(exported.module()(tokens)[0], run(program, [tokens])[0])
+
+
+def test_overlapping_regions_are_refused(program: Program) -> None:
+    up = ups(program)[0]
+    with pytest.raises(VerifyError, match="twice"):
+        rewrite(program, [(up, Scaled(up)), (up, Scaled(up, 2.0))], by="test")
+
+
+def test_a_replacement_that_fixes_a_size_does_not_fix_the_old_program(program: Program) -> None:
+    class Fixes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = torch.cat([x, x[..., :4]], dim=-1)
+            return wide.reshape(int(x.shape[0]), 8, 12)
+
+    before, sizes = program.structure_hash(), program.sizes()
+    new = rewrite(program, [(ups(program)[0], Fixes())], by="test")
+    assert (program.structure_hash(), program.sizes()) == (before, sizes)
+    tokens = torch.randint(0, 32, (5, 8))
+    assert run(program, [tokens])[0].shape[0] == 5
+    with pytest.raises(RuntimeError, match="invalid for input"):  # loud, not wrong
+        run(new, [tokens])

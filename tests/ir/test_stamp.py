@@ -176,6 +176,126 @@ class Reaches(Layer):
         return super().forward(x) * self.table[0]
 
 
+class Auxiliary(Layer):
+    """Appends to a list that its caller holds."""
+
+    def forward(self, x: Tensor, aux: Any = None) -> Tensor:  # type: ignore[override]
+        y = self.linear(x)
+        aux.append(y.pow(2).mean())
+        return x + y
+
+
+class AuxiliaryStack(Stack):
+    def forward(self, x: Tensor) -> Any:
+        aux: list[Tensor] = []
+        for layer in self.layers:
+            x = layer(x, aux)
+        return x + sum(aux)
+
+
+class Keeps(Layer):
+    """Leaves a tensor on itself for its model to read."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.aux = self.linear(x)
+        return x + self.aux
+
+
+class KeepsStack(Stack):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y + sum(layer.aux for layer in self.layers)
+
+
+class Context:
+    depth = 0
+
+
+class Counting(Layer):
+    """Counts in an object that all blocks share."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.context = context
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.context.depth += 1
+        return x + self.linear(x) / self.context.depth
+
+
+class CountingStack(Stack):
+    def forward(self, x: Tensor) -> Any:
+        self.layers[0].context.depth = 0
+        return super().forward(x)
+
+
+class LooksInside(Stack):
+    def forward(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            gain = getattr(layer.linear, "bias", None)
+            x = layer(x) if gain is None else layer(x) * gain
+        return x
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.table.cos()
+
+
+class Rotated(Layer):
+    def __init__(self, rotary: Rotary) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x + self.linear(self.rotary(x))
+
+
+def sharing(kind: str) -> nn.Module:
+    if kind == "a module in every block":
+        rotary = Rotary()
+        return Stack(*(Rotated(rotary) for _ in range(4)))
+    if kind == "blocks in two containers":
+        stack = Stack(*(Layer() for _ in range(4)))
+        stack.again = nn.Sequential(*stack.layers)
+        return stack
+    if kind == "an object that counts":
+        context = Context()
+        return CountingStack(*(Counting(context) for _ in range(4)))
+    if kind == "a list that grows":
+        return AuxiliaryStack(*(Auxiliary() for _ in range(4)))
+    if kind == "attributes read later":
+        return KeepsStack(*(Keeps() for _ in range(4)))
+    return LooksInside(*(Layer() for _ in range(4)))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a module in every block",
+        "blocks in two containers",
+        "an object that counts",
+        "a list that grows",
+        "attributes read later",
+        "weights read from outside",
+    ],
+)
+def test_what_blocks_share_in_python_is_not_lost(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = sharing(kind), torch.randn(2, 4)
+    tensors = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        expected = model(x)
+    stamped, _ = both(model, (x,), monkeypatch)
+    assert torch.equal(run(stamped, [x])[0], expected)
+    assert {name: id(t) for name, t in model.state_dict(keep_vars=True).items()} == tensors
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [

@@ -140,6 +140,19 @@ LEFT: dict[str, Callable[..., Any]] = {
     "norm of another value": lambda x, y, g: x * squares(y),
     "norm over another axis": lambda x, y, g: x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-6),
     "norm whose inside is read": lambda x, y, g: x * (r := squares(x)) + r,
+    "norm without the axis it averaged": lambda x, y, g: (
+        x[0, 0, :4] * torch.rsqrt(x[0, 0, :4].pow(2).mean(-1) + 1e-6)
+    ),
+    "norm with a scaled epsilon": lambda x, y, g: (
+        x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 1e-6, alpha=3))
+    ),
+    "norm upside down": lambda x, y, g: torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) / x,
+    "mask that is taken away": lambda x, y, g: (
+        torch.softmax(torch.sub(x @ y.mT, torch.ones(5, 5)), -1) @ y
+    ),
+    "heads that are tiled": lambda x, y, g: F.scaled_dot_product_attention(
+        x[:, :2], *(y[:, :1, None].transpose(1, 2).expand(2, 2, 1, 5, 4).reshape(2, 2, 5, 4),) * 2
+    ),
     "sigmoid gate": lambda x, y, g: x * torch.sigmoid(y),
     "quick gelu has no op": lambda x, y, g: x * torch.sigmoid(1.702 * x),
     "gelu whose tanh is read": lambda x, y, g: (
