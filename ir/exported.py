@@ -204,8 +204,7 @@ def _signature(
     renamed = {
         str(inputs[name].meta["val"].shape[axis]): label
         for (path, axis), label in symbols.items()
-        for name in [user[_leaf_index(spec, path)].name]
-        if name in inputs
+        if (index := _leaf_index(spec, path)) is not None and (name := user[index].name) in inputs
     }
     leaves: list[Any] = [
         _tensor_spec(inputs[arg.name], renamed)
@@ -289,11 +288,14 @@ def _randomness(graph: fx.Graph) -> tuple[str, ...]:
     )
 
 
-def _leaf_index(spec: pytree.TreeSpec, path: str) -> int:
-    """Find the flat index of the input a dotted path names; `#0` is the first positional."""
+def _leaf_index(spec: pytree.TreeSpec, path: str) -> int | None:
+    """Find the flat index of the input a dotted path names; `#0` is the first positional.
+
+    A size of one of `*args` has a path of its own and keeps the name torch gave it.
+    """
     positional, keyword = (Structure.from_spec(child) for child in spec.children())
     paths = [f"#{p}" for p in positional.paths()] + keyword.paths()
-    return paths.index(path)
+    return paths.index(path) if path in paths else None
 
 
 def _storage_key(value: Tensor) -> Any:

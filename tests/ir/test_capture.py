@@ -265,3 +265,58 @@ def test_tensors_nothing_depends_on_are_left_out_and_named() -> None:
     program = capture(Unread(), (torch.zeros(1, 2),))
     assert program.tensors.keys() == {"used.weight", "used.bias"}
     assert "idle.bias, idle.weight" in program.notes[0]
+
+
+class Variadic(nn.Module):
+    def forward(self, *xs: Tensor) -> Tensor:
+        return xs[0] + xs[1]
+
+
+def test_variadic_models_may_be_dynamic() -> None:
+    batch = {0: Dim("batch", min=1, max=9)}
+    program = capture(Variadic(), (torch.ones(3), torch.ones(3)), dynamic_shapes=((batch, batch),))
+    assert call(program, torch.ones(5), torch.ones(5)).tolist() == [2] * 5
+
+
+class Updates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.add_(1)
+        return x + self.weight
+
+
+def test_a_parameter_that_is_written_is_refused() -> None:
+    with pytest.raises(CaptureError, match="writes into its parameter"):
+        capture(Updates(), (torch.zeros(2),))
+
+
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return x.max(-1)
+
+
+def test_named_tuples_come_back_as_tuples() -> None:
+    values, indices = call(capture(Largest(), (torch.eye(3),)), torch.eye(3))
+    assert values.tolist() == [1, 1, 1]
+    assert indices.tolist() == [0, 1, 2]
+
+
+class Copies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clone(), self.linear.weight.clone()
+
+
+def test_copies_stay_copies() -> None:
+    model, x = Copies(), torch.zeros(3)
+    y, weight = call(capture(model, (x,)), x)
+    y.add_(1), weight.zero_()
+    assert x.sum() == 0
+    assert model.linear.weight.abs().sum() > 0
