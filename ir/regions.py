@@ -56,6 +56,10 @@ class Region:
         """Return the weight behind a `get_attr` node, as this instance has it."""
         return self.program.weight(str(node.target), self.instance)
 
+    def is_shared(self, node: fx.Node) -> bool:
+        """Whether anything else of the model reads the weight behind a `get_attr` node."""
+        return len(node.users) > 1 or self.program.is_shared(str(node.target), self.instance)
+
     def replay(self, inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
         """Run the region's nodes, as this instance has them, on the values of its inputs.
 

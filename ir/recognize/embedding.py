@@ -30,9 +30,7 @@ class Embedding(Region):
     @property
     def weight_is_shared(self) -> bool:
         """Whether anything else of the model reads the same table."""
-        return len(self.weight_node.users) > 1 or self.program.is_shared(
-            str(self.weight_node.target), self.instance
-        )
+        return self.is_shared(self.weight_node)
 
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
