@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .fold import fold_blocks
-from .graphs import copy_graph, is_mutable, remove_dead, skip_noise
+from .graphs import copy_graph, is_mutable, place_of, remove_dead, skip_noise
 from .program import MAIN, Program, StateSlot
 from .shapes import dims
 from .signature import Argument, Signature, TensorSpec
@@ -105,7 +105,7 @@ def _tensors(
     for name, value in stored.items():
         if not isinstance(value, Tensor):
             raise CaptureError(f"constant {name!r} is a {type(value).__name__}, not a tensor.")
-        key = _storage_key(value)
+        key = place_of(value)
         canonical[name] = seen.setdefault(key, name)
         if canonical[name] == name:
             tensors[name] = value.detach()
@@ -296,10 +296,3 @@ def _leaf_index(spec: pytree.TreeSpec, path: str) -> int | None:
     positional, keyword = (Structure.from_spec(child) for child in spec.children())
     paths = [f"#{p}" for p in positional.paths()] + keyword.paths()
     return paths.index(path) if path in paths else None
-
-
-def _storage_key(value: Tensor) -> Any:
-    if value.device.type == "meta" or value.numel() == 0:
-        return id(value)
-    layout = (value.storage_offset(), tuple(value.shape), value.stride(), value.dtype)
-    return (value.untyped_storage().data_ptr(), *layout)

@@ -82,6 +82,13 @@ def skip_noise(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def place_of(tensor: Tensor) -> object:
+    """Say where a tensor lies and how: equal for tied tensors, unique for one without memory."""
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
 def module_path(node: fx.Node) -> str:
     """Return the path of the module a node came from, `""` for the root."""
     stack = node.meta.get("nn_module_stack")

@@ -20,7 +20,7 @@ from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from .blueprint import blueprint
 from .errors import VerifyError
-from .graphs import copy_graph, output_nodes, remove_dead
+from .graphs import copy_graph, output_nodes, place_of, remove_dead
 from .program import MAIN, Instance, Program
 from .regions import Region
 from .shapes import describe, fake_mode
@@ -111,26 +111,23 @@ class _Change:
         taken.update(slot.name for slot in program.state)
         for instance in self.instances.values():
             taken.update(instance.weights.values())
+        taken.update(program.aliases)
         tensors, parameters = dict(program.tensors), set[str]()
-        held = {_place(t): n for n, t in program.tensors.items() if _place(t)}
+        held = {place_of(tensor): name for name, tensor in tensors.items()}
         for wanted, tensor, settle in self.added:
-            name = held.get(_place(tensor) or id(tensor))
-            if name is None or name not in tensors:
+            place = place_of(tensor)
+            name = held.get(place)
+            if name is None:  # not a tensor the program has already
                 name = next(n for n in _variants(wanted) if n not in taken)
+                if name in tensors:  # nobody reads the old one any more
+                    held.pop(place_of(tensors[name]), None)
                 tensors[name] = tensor.detach()
-                held[_place(tensor) or id(tensor)] = name
+                held[place] = name
                 if isinstance(tensor, nn.Parameter):
                     parameters.add(name)
             taken.add(name)
             settle(name)
         return tensors, parameters
-
-
-def _place(tensor: Tensor) -> object:
-    """Return where a tensor lies and how; None for one without memory."""
-    if tensor.is_meta or not tensor.numel():
-        return None
-    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _variants(name: str) -> Iterator[str]:

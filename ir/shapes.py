@@ -98,11 +98,3 @@ def describe(value: object) -> object:
     if isinstance(value, tuple | list):
         return tuple(map(describe, value))
     return value
-
-
-def derive(node: fx.Node) -> object:
-    """Run one node on the recorded values of its arguments and return the fake result."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    assert callable(node.target)
-    with fake_mode(node.graph):
-        return node.target(*args, **kwargs)

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from blockwright.driver.manager import run_passes
 from blockwright.ir.capture import capture
+from blockwright.ir.recognize import Linear
+from blockwright.ir.regions import regions
 from blockwright.ir.run import run
 from blockwright.ir.verify import verify
 from blockwright.passes import Canonicalize, FuseProjections, Pass, QuantizeWeights
@@ -108,3 +110,23 @@ def test_inputs_computed_after_a_region_began(late: str) -> None:
     program = capture(Formula(formula), (x,))
     new, _ = run_passes(program, [Canonicalize()], [[x]])
     assert any("scaled_dot_product" in str(node.target) for node in new.main.nodes)
+
+
+def test_an_old_weight_may_come_back_under_another_name() -> None:
+    class Swapped(nn.Module):
+        """The new weight takes the old one's name; the old one is still read."""
+
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight * 2)
+            self.old = nn.Parameter(weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight) - F.linear(x, self.old)
+
+    model, x = nn.Sequential(nn.Linear(4, 4, bias=False)), torch.randn(2, 4)
+    program = capture(model, (x,))
+    (region,) = regions(program, Linear)
+    new = program.replace(region, Swapped(region.weight))
+    verify(new)
+    torch.testing.assert_close(run(new, [x]), run(program, [x]))
