@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import VerifyError
-from .graphs import output_nodes, remembered
+from .graphs import output_nodes, place_of, remembered
 from .program import MAIN, Program
 from .regions import local_path
 from .shapes import describe, fake_mode
@@ -205,12 +205,12 @@ def _check_slots(
 def _check_ties(tensors: Mapping[str, Tensor], by: str) -> None:
     if len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors):
         return
-    holders: dict[int, str] = {}
+    holders: dict[object, str] = {}
     for name, tensor in tensors.items():
         if tensor.is_meta or not tensor.numel():
             continue  # nothing stored, nothing shared
-        other = holders.setdefault(tensor.data_ptr(), name)
-        if other != name and _same_layout(tensor, tensors[other]):
+        other = holders.setdefault(place_of(tensor), name)
+        if other != name:
             raise VerifyError(f"{by} untied {name} and {other}, which share memory.")
 
 
@@ -246,10 +246,6 @@ def _calls(main: fx.Graph) -> list[tuple[fx.Node, list[Any], list[Any]]]:
         for n in main.nodes
         if n.op == "call_module"
     ]
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def _check_literals(node: fx.Node, value: Any, key: str, by: str) -> None:
