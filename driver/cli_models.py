@@ -10,11 +10,12 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..backends.artefact import load
 from ..ir.capture import capture, load_directory, resolve_inputs
@@ -27,6 +28,7 @@ from .cli_inputs import (
     parse_input,
     vocabulary,
 )
+from .zoo import PRESETS, Preset, find_preset, near_presets
 
 FORMS = "give a Hugging Face directory, file.py:factory, package.module:factory, or an artefact."
 _DIM = re.compile(r"^ *(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)$", re.MULTILINE)
@@ -55,7 +57,7 @@ class Opened:
     """A model with its example call.
 
     Attributes:
-        model: The module, or the program of a saved engine.
+        model: The module, or the program of a saved engine or preset.
         args: Positional arguments.
         kwargs: Keyword arguments.
         dynamic_shapes: As `torch.export.export` takes them.
@@ -72,8 +74,13 @@ class Opened:
         return self.args or dict(self.kwargs) or None
 
 
-def open_model(text: str, options: InputOptions) -> Opened:
+def open_model(text: str, options: InputOptions, *, weights: bool = True) -> Opened:
     """Load a model and make its example inputs; a saved engine has its own.
+
+    Args:
+        text: The MODEL argument. What exists as a path is that, not a preset of the same name.
+        options: What is said about inputs.
+        weights: Whether a preset needs them. They are random then.
 
     Raises:
         OptionError: The text names no model, or the inputs are malformed.
@@ -81,13 +88,50 @@ def open_model(text: str, options: InputOptions) -> Opened:
     """
     if is_artefact(text):
         return Opened(load(Path(text), backend="eager").program)
+    preset = None if Path(text).exists() else find_preset(text)
+    if preset is not None:
+        return _open_preset(preset, options, weights)
+    return _with_inputs(load_model(text), text, options)
+
+
+def program_of(opened: Opened) -> Program:
+    """Return the program of an opened model, capturing it if need be."""
+    if isinstance(opened.model, Program):
+        return opened.model
+    with range_advice():
+        return capture(opened.model, opened.example_inputs, dynamic_shapes=opened.dynamic_shapes)
+
+
+def open_program(text: str, options: InputOptions) -> Program:
+    """Return the program of an artefact, or capture a model; a preset without weights."""
+    return program_of(open_model(text, options, weights=False))
+
+
+def _open_preset(preset: Preset, options: InputOptions, weights: bool) -> Opened:
+    """Capture a preset, and note what its weights and its example inputs are."""
+    model = preset.draw(options.seed) if weights else preset.sketch()
+    opened = _with_inputs(model, preset.name, options, preset.example_inputs(model))
+    if not weights:
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda value: value.to("meta"), (opened.args, dict(opened.kwargs))
+        )
+        opened = replace(opened, args=args, kwargs=kwargs)
+    kind = f"random weights, seed {options.seed}" if weights else "shapes only, no weights"
+    sizes = ", ".join(f"{name}={size}" for name, size in preset.sizes.items())
+    note = f"{preset.name}: {kind}" + ("." if options.inputs else f"; example inputs at {sizes}.")
+    program = program_of(opened)
+    return replace(opened, model=program.with_(notes=(*program.notes, note)))
+
+
+def _with_inputs(
+    model: nn.Module, text: str, options: InputOptions, offered: tuple[Tensor, ...] | None = None
+) -> Opened:
+    """Make example inputs as the options say, or take those a model or preset offers."""
     specs = [parse_input(spec) for spec in options.inputs]
     dynamic = parse_dynamic(options.dynamic)
-    model = load_model(text)
+    given: Any = offered
     if specs:
-        given: Any = make_inputs(specs, options.vocab or vocabulary(model), options.seed)
-    else:
-        given = None
+        given = make_inputs(specs, options.vocab or vocabulary(model), options.seed)
     try:
         args, kwargs = resolve_inputs(model, given)
     except CaptureError as error:
@@ -101,15 +145,6 @@ def open_model(text: str, options: InputOptions) -> Opened:
             f"the model has no argument {unknown[0]!r}.", remedy=f"use {', '.join(names)}."
         )
     return Opened(model, args, kwargs, dynamic_shapes(dynamic, specs, named))
-
-
-def open_program(text: str, options: InputOptions) -> Program:
-    """Return the program of an artefact, or capture a model."""
-    opened = open_model(text, options)
-    if isinstance(opened.model, Program):
-        return opened.model
-    with range_advice():
-        return capture(opened.model, opened.example_inputs, dynamic_shapes=opened.dynamic_shapes)
 
 
 @contextlib.contextmanager
@@ -158,7 +193,7 @@ def load_model(text: str) -> nn.Module:
         return load_directory(path)
     source, _, name = text.rpartition(":")
     if not source or path.exists():
-        raise OptionError(f"{text!r} is not a model.", remedy=FORMS)
+        raise OptionError(f"{text!r} is not a model.", remedy=_advice(text))
     found = _import(source)
     for part in name.split("."):
         if not hasattr(found, part):
@@ -175,6 +210,15 @@ def load_model(text: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise OptionError(f"{text} gave a value of type {type(model).__name__}, no torch module.")
     return model.eval()
+
+
+def _advice(text: str) -> str:
+    """Say which presets are spelled alike, or else what a model can be."""
+    near = near_presets(text)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    presets = ", ".join(preset.name for preset in PRESETS)
+    return f"{FORMS.removesuffix(', or an artefact.')}, an artefact, or a preset: {presets}."
 
 
 def _takes_any(model: nn.Module) -> bool:

@@ -76,12 +76,12 @@ class Bert(nn.Module):
             x = block(x, mask)
         return x, torch.tanh(self.pooler(x[:, 0]))
 
-    def example_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a valid batch of 2 sequences; one ends in padding, both have two segments."""
-        length = min(16, self.config.context)
-        tokens = torch.arange(2 * length).reshape(2, length) % self.config.vocab
-        places = torch.arange(length).expand(2, length)
-        lengths = torch.tensor([[length], [length - length // 4]])
+    def example_inputs(self, batch: int = 2, seq: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a valid batch of sequences of two segments; every other one ends in padding."""
+        length = min(seq, self.config.context)
+        tokens = torch.arange(batch * length).reshape(batch, length) % self.config.vocab
+        places = torch.arange(length).expand(batch, length)
+        lengths = length - torch.arange(batch)[:, None] % 2 * (length // 4)
         return tokens, (places >= length // 2).long() % self.config.types, places < lengths
 
 

@@ -88,11 +88,12 @@ class DiT(nn.Module):
         shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
         return unpatchify(self.head(self.norm(x) * (1 + scale) + shift), self.config.patch)
 
-    def example_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a valid batch of 2 latent images at different times."""
-        shape = 2, self.config.channels, self.config.latent, self.config.latent
+    def example_inputs(self, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a valid batch of latent images at different times; every other has no class."""
+        shape = batch, self.config.channels, self.config.latent, self.config.latent
         x = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
-        return x, torch.tensor([10.0, 500.0]), torch.tensor([0, self.config.classes])
+        labels = torch.arange(batch) % 2 * self.config.classes
+        return x, torch.linspace(10, 500, batch), labels
 
 
 class Block(nn.Module):

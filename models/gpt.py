@@ -65,10 +65,10 @@ class GPT(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
-    def example_inputs(self) -> tuple[Tensor]:
-        """Return a valid batch of 2 sequences."""
-        length = min(16, self.config.context)
-        return (torch.arange(2 * length).reshape(2, length) % self.config.vocab,)
+    def example_inputs(self, batch: int = 2, seq: int = 16) -> tuple[Tensor]:
+        """Return a valid batch of sequences."""
+        length = min(seq, self.config.context)
+        return (torch.arange(batch * length).reshape(batch, length) % self.config.vocab,)
 
 
 class Block(nn.Module):

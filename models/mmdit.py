@@ -152,13 +152,19 @@ class Flux(nn.Module):
         velocity: Tensor = self.head(self.norm(x[:, words:]) * (1 + scale) + shift)
         return velocity
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        """Return a valid batch of 2: images of 3 x 4 patches with 5 words each."""
+    def example_inputs(
+        self, batch: int = 2, rows: int = 3, columns: int = 4, words: int = 5
+    ) -> tuple[Tensor, ...]:
+        """Return a valid batch of images, `rows` x `columns` patches each, with text."""
         config = self.config
-        places = torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0))
-        inputs = ramp(2, 12, config.channels), ramp(2, 5, config.text_dim)
-        rest = ramp(2, config.pooled_dim), torch.tensor([0.25, 1.0]), places
-        return *inputs, *rest, *([torch.tensor([3.5, 4.0])] if config.guidance else [])
+        grid = torch.arange(float(rows)), torch.arange(float(columns))
+        places = torch.cartesian_prod(torch.zeros(1), *grid)
+        image, text = (
+            ramp(batch, rows * columns, config.channels),
+            ramp(batch, words, config.text_dim),
+        )
+        rest = ramp(batch, config.pooled_dim), torch.linspace(0.25, 1, batch), places
+        return image, text, *rest, *([torch.linspace(3.5, 4, batch)] if config.guidance else [])
 
 
 class SD3(nn.Module):
@@ -207,12 +213,14 @@ class SD3(nn.Module):
         velocity: Tensor = y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return velocity
 
-    def example_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return a valid batch of 2 latent images with 5 words each."""
+    def example_inputs(
+        self, batch: int = 2, words: int = 5
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return a valid batch of latent images with text."""
         config = self.config
-        x = ramp(2, config.channels, config.latent, config.latent)
-        text, pooled = ramp(2, 5, config.text_dim), ramp(2, config.pooled_dim)
-        return x, text, pooled, torch.tensor([0.25, 1.0])
+        x = ramp(batch, config.channels, config.latent, config.latent)
+        text, pooled = ramp(batch, words, config.text_dim), ramp(batch, config.pooled_dim)
+        return x, text, pooled, torch.linspace(0.25, 1, batch)
 
 
 class JointBlock(nn.Module):

@@ -8,6 +8,7 @@ merging 2 x 2 patches into one of twice the width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +76,10 @@ class Swin(nn.Module):
         logits: Tensor = self.head(self.norm(x).mean(dim=(1, 2)))
         return logits
 
-    def example_inputs(self) -> tuple[Tensor]:
-        """Return a valid batch of 2 images."""
-        side = self.config.image
-        return (torch.linspace(-1, 1, 2 * 3 * side**2).reshape(2, 3, side, side),)
+    def example_inputs(self, batch: int = 2) -> tuple[Tensor]:
+        """Return a valid batch of images."""
+        shape = batch, self.config.channels, self.config.image, self.config.image
+        return (torch.linspace(-1, 1, math.prod(shape)).reshape(shape),)
 
 
 class Stage(nn.Module):

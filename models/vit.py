@@ -7,6 +7,7 @@ A class token stands before the patches, and the head reads nothing but what bec
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class ViTConfig:
     ffn_dim: int = 3072
 
 
+VIT_TI16 = ViTConfig(dim=192, heads=3, ffn_dim=768)
 VIT_B16 = ViTConfig()
 VIT_L16 = ViTConfig(dim=1024, heads=16, depth=24, ffn_dim=4096)
 DEIT_S16 = ViTConfig(dim=384, heads=6, ffn_dim=1536)
@@ -74,10 +76,10 @@ class ViT(nn.Module):
         logits: Tensor = self.head(self.norm(x)[:, 0])
         return logits
 
-    def example_inputs(self) -> tuple[Tensor]:
-        """Return a valid batch of 2 images."""
-        side = self.config.image
-        return (torch.linspace(-1, 1, 2 * 3 * side**2).reshape(2, 3, side, side),)
+    def example_inputs(self, batch: int = 2) -> tuple[Tensor]:
+        """Return a valid batch of images."""
+        shape = batch, self.config.channels, self.config.image, self.config.image
+        return (torch.linspace(-1, 1, math.prod(shape)).reshape(shape),)
 
 
 class Block(nn.Module):

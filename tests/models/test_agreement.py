@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,32 +15,9 @@ from blockwright.models import bert, dit, gpt, llama, mmdit, swin, vit
 
 # Our name, a pattern, and after it theirs; several of theirs are stacked.
 Names = Sequence[tuple[str, ...]]
-
-
-def draw_weights(model: nn.Module) -> nn.Module:
-    """Draw weights large enough for every part to show in the output."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-@torch.no_grad()
-def copy_weights(source: Mapping[str, Tensor], ours: nn.Module, names: Names) -> None:
-    """Fill every parameter of ours; every tensor of the source must be used."""
-    used = set()
-    for name, parameter in ours.named_parameters():
-        pattern, *theirs = next(row for row in names if re.fullmatch(row[0], name))
-        full = [re.sub(pattern, target, name) for target in theirs]
-        parameter.copy_(torch.cat([source[key] for key in full]))
-        used.update(full)
-    assert used == set(source)
-
-
-def assert_agree(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    assert error < 1e-4, f"relative error {error:.1e}"
+Draw = Callable[[nn.Module], nn.Module]
+Copy = Callable[[Mapping[str, Tensor], nn.Module, Names], None]
+Agree = Callable[[Tensor, Tensor], None]
 
 
 def swap_halves(weights: dict[str, Tensor], *names: str) -> None:
@@ -52,7 +29,7 @@ def swap_halves(weights: dict[str, Tensor], *names: str) -> None:
 
 
 @torch.no_grad()
-def test_gpt2() -> None:
+def test_gpt2(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     transformers = pytest.importorskip("transformers")
     config = gpt.TOY
     theirs = draw_weights(
@@ -105,7 +82,13 @@ STRETCH = llama.Stretch(context=32)  # one rotation of SMALL is fast, one in bet
     ],
     ids=["llama-2", "llama-3.1", "qwen3-8b", "qwen3-0.6b"],
 )
-def test_llama(kind: str, config: llama.LlamaConfig) -> None:
+def test_llama(
+    kind: str,
+    config: llama.LlamaConfig,
+    draw_weights: Draw,
+    copy_weights: Copy,
+    assert_agree: Agree,
+) -> None:
     transformers = pytest.importorskip("transformers")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.theta}
     if config.stretch is not None:
@@ -144,7 +127,7 @@ def test_llama(kind: str, config: llama.LlamaConfig) -> None:
 
 
 @torch.no_grad()
-def test_bert() -> None:
+def test_bert(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     transformers = pytest.importorskip("transformers")
     config = bert.TOY
     theirs = draw_weights(
@@ -179,7 +162,7 @@ def test_bert() -> None:
 
 
 @torch.no_grad()
-def test_vit() -> None:
+def test_vit(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     transformers = pytest.importorskip("transformers")
     config = vit.TOY
     theirs = draw_weights(
@@ -211,7 +194,7 @@ def test_vit() -> None:
 
 
 @torch.no_grad()
-def test_swin() -> None:
+def test_swin(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     transformers = pytest.importorskip("transformers")
     config = swin.TOY
     theirs = draw_weights(
@@ -246,7 +229,7 @@ def test_swin() -> None:
 
 
 @torch.no_grad()
-def test_dit() -> None:
+def test_dit(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     diffusers = pytest.importorskip("diffusers")
     config = dit.DiTConfig(latent=8, classes=5, dim=16, heads=2, depth=2, ffn_dim=64)
     model: Any = diffusers.DiTTransformer2DModel(
@@ -314,7 +297,7 @@ OUTER: Names = [
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
-def test_flux(guidance: bool) -> None:
+def test_flux(guidance: bool, draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     diffusers = pytest.importorskip("diffusers")
     config = mmdit.FluxConfig(
         channels=4, text_dim=6, pooled_dim=5, dim=16, heads=2, double_depth=2, single_depth=2,
@@ -355,7 +338,7 @@ def test_flux(guidance: bool) -> None:
 
 
 @torch.no_grad()
-def test_sd3() -> None:
+def test_sd3(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     diffusers = pytest.importorskip("diffusers")
     config = mmdit.SD3Config(
         latent=8, channels=4, text_dim=6, pooled_dim=5, dim=16, heads=2, depth=3, ffn_dim=64,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from blockwright.driver.compile import compile
 from blockwright.ir.capture import capture
 from blockwright.ir.program import Program
 from blockwright.ir.run import run
 from blockwright.ir.verify import verify
-from blockwright.models import bert, dit, gpt, llama, mmdit, swin, vit
+from blockwright.models import bert, dit, gpt, llama, mmdit, pixart, qwen_image, swin, vit, wan
 
 PUBLISHED = [
     (gpt.GPT, gpt.GPT2_SMALL, 124_439_808),
@@ -31,6 +33,7 @@ PUBLISHED = [
     (bert.Bert, bert.BERT_BASE, 109_482_240),
     (bert.Bert, bert.BERT_LARGE, 335_141_888),
     (bert.Bert, bert.MINILM_L6, 22_713_216),
+    (vit.ViT, vit.VIT_TI16, 5_717_416),
     (vit.ViT, vit.VIT_B16, 86_567_656),
     (vit.ViT, vit.VIT_L16, 304_326_632),
     (vit.ViT, vit.DEIT_S16, 22_050_664),
@@ -44,6 +47,11 @@ PUBLISHED = [
     (mmdit.Flux, mmdit.FLUX_1_DEV, 11_901_408_320),
     (mmdit.Flux, mmdit.FLUX_1_SCHNELL, 11_891_178_560),
     (mmdit.SD3, mmdit.SD3_MEDIUM, 2_028_328_000),
+    (pixart.PixArt, pixart.PIXART_ALPHA_1024, 611_349_152),
+    (pixart.PixArt, pixart.PIXART_ALPHA_512, 610_856_096),
+    (qwen_image.QwenImage, qwen_image.QWEN_IMAGE, 20_430_401_088),
+    (wan.Wan, wan.WAN_2_1_1_3B, 1_418_996_800),
+    (wan.Wan, wan.WAN_2_1_14B, 14_288_491_584),
 ]
 
 
@@ -87,13 +95,15 @@ def test_multiply_adds_are_the_published_ones(
 class Toy:
     """A small model, the shapes it returns for a batch of 2, and the blocks it folds into.
 
-    `folds` holds the instances of each class of blocks.
+    `folds` holds the instances of each class of blocks. `unread` matches parameters that change no
+    output.
     """
 
     architecture: Any
     config: Any
     shapes: tuple[tuple[int, ...], ...]
     folds: tuple[int, ...]
+    unread: str = "$"
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -115,9 +125,15 @@ TOYS = {
     "flux": Toy(mmdit.Flux, mmdit.TOY_FLUX, ((2, 12, 4),), (3, 3)),
     # The last block ends the text and is unlike the three before it.
     "sd3": Toy(mmdit.SD3, mmdit.TOY_SD3, ((2, 4, 8, 8),), (3,)),
-}
+    "pixart": Toy(pixart.PixArt, pixart.TOY, ((2, 8, 8, 8),), (3,)),
+    # What the last block makes of the text is lost.
+    "qwen-image": Toy(qwen_image.QwenImage, qwen_image.TOY, ((2, 4, 6, 8),), (2,),
+                      r"blocks\.2\.text\.(out|up|down)\."),
+    "wan": Toy(wan.Wan, wan.TOY, ((2, 4, 2, 4, 6),), (3,)),
+}  # fmt: skip
 PATHS = {
-    **dict.fromkeys(("gpt", "llama", "bert", "vit", "dit", "sd3"), STACK),
+    **dict.fromkeys(("gpt", "llama", "bert", "vit", "dit", "sd3", "pixart", "wan"), STACK),
+    "qwen-image": STACK[:2],
     "flux": (*(f"double_{path}" for path in STACK), *(f"single_{path}" for path in STACK)),
 }
 
@@ -164,7 +180,9 @@ def test_outputs_are_finite_and_depend_on_every_input(name: str, model: Any) -> 
     assert tuple(tuple(y.shape) for y in outputs) == TOYS[name].shapes
     assert all(y.isfinite().all() for y in outputs)
     torch.stack([y.square().sum() for y in outputs]).sum().backward()
-    moving = [x for x in inputs if x.requires_grad] + list(model.parameters())
+    moving = [x for x in inputs if x.requires_grad] + [
+        p for path, p in model.named_parameters() if not re.match(TOYS[name].unread, path)
+    ]
     assert all(x.grad is not None and x.grad.isfinite().all() for x in moving)
     assert all(x.grad.any() for x in inputs if x.requires_grad)
 
@@ -191,6 +209,40 @@ def test_blocks_keep_their_module_paths(name: str, captured: Program) -> None:
     if name not in PATHS:
         pytest.skip("pairs of blocks are not modules")
     assert tuple(k for k, i in captured.instances.items() if i.weights) == PATHS[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "attentions", "norms"),
+    [
+        ("pixart", 6, 7),
+        ("qwen-image", 3, 25),  # heads have norms too; the last of the text does nothing
+        ("wan", 6, 22),
+    ],
+)
+def test_attentions_and_norms_are_recognised(kind: str, attentions: int, norms: int) -> None:
+    model: Any = TOYS[kind].build()
+    program = capture(model, model.example_inputs())
+    assert (len(program.attentions()), len(program.norms())) == (attentions, norms)
+
+
+SHALLOW = {
+    "flux": {"double_depth": 1, "single_depth": 1}, "sd3": {"depth": 2}, "swin": {"depths": (1, 2)},
+}  # fmt: skip
+QUICK = {"gpt", "pixart", "qwen-image", "wan"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in TOYS]
+)
+def test_onnxruntime_computes_what_the_module_does(kind: str) -> None:
+    config = replace(TOYS[kind].config, **SHALLOW.get(kind, {"depth": 1}))
+    model: Any = replace(TOYS[kind], config=config).build()
+    inputs = model.example_inputs()
+    engine = compile(model, (), inputs, backend="onnxruntime")
+    with torch.no_grad():
+        expected = tensors(model(*inputs))
+    for ours, theirs in zip(tensors(engine(*inputs)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_bert_does_not_look_at_padding() -> None:
@@ -233,6 +285,24 @@ def test_flux_turns_heads_by_differences_of_places() -> None:
     turned = mmdit.rotate(x, mmdit.rotations(places, (2, 2, 4), 100.0))[0, 0]
     torch.testing.assert_close(turned.norm(dim=-1), x[0, 0].norm(dim=-1))
     torch.testing.assert_close(turned[0] @ turned[1], turned[2] @ turned[3])
+
+
+def test_wan_turns_heads_by_differences_of_places() -> None:
+    grid = torch.Size((2, 3, 4))
+    rotary = wan.rotations(grid, 20, 100.0, torch.device("cpu"))
+    x = torch.randn(20, generator=torch.Generator().manual_seed(0)).expand(1, 1, 24, 20)
+    turned = wan.rotate(x, rotary)[0, 0].reshape(*grid, 20)
+    one, other = turned[0, 0, 1] @ turned[1, 1, 3], turned[0, 1, 0] @ turned[1, 2, 2]
+    torch.testing.assert_close(one, other)
+    assert not torch.isclose(one, turned[0, 0, 1] @ turned[1, 1, 2])
+
+
+def test_qwen_image_does_not_look_at_padding() -> None:
+    model = TOYS["qwen-image"].build()
+    x, text, mask, time = qwen_image.QwenImage(qwen_image.TOY).example_inputs()
+    assert not mask.all()
+    changed = torch.where(mask[..., None], text, 7.0)
+    torch.testing.assert_close(model(x, text, mask, time), model(x, changed, mask, time))
 
 
 def test_llama_stretch_slows_slow_rotations_only() -> None:
