@@ -35,31 +35,76 @@ def program_text(program: Program) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def diff_text(old: Program, new: Program, names: tuple[str, str] = ("old", "new")) -> str:
-    """Return a unified diff of two programs' texts; empty when they agree."""
-    lines = difflib.unified_diff(
-        program_text(old).splitlines(), program_text(new).splitlines(), *names, lineterm="", n=2
-    )
-    return "\n".join(lines)
+def diff_text(
+    old: Program,
+    new: Program,
+    names: tuple[str, str] = ("old", "new"),
+    pairs: Mapping[str, str] | None = None,
+) -> str:
+    """Return a unified diff of two programs' texts, class by class; empty when they agree.
+
+    A class of the old program is compared with each class of the new one that serves one of its
+    instances, so a class that was split or renamed shows its changes and nothing else.
+
+    Args:
+        old: One program.
+        new: Another.
+        names: What the headers call them.
+        pairs: Instance of the new program by the instance of the old one it stands for; those of
+            one name when left out.
+    """
+    known = {n: n for n in old.instances if n in new.instances} if pairs is None else pairs
+    served: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for a, b in known.items():
+        served.setdefault((old.instances[a].block, new.instances[b].block), []).append((a, b))
+    sections = [_diff(_lines(old, MAIN), _lines(new, MAIN), names, (MAIN, MAIN))]
+    for (before, after), shared in served.items():
+        titles = tuple(_range([pair[side] for pair in shared]) for side in (0, 1))
+        texts = _lines(old, before), _lines(new, after, called=before)
+        sections.append(_diff(*texts, names, (titles[0], titles[1])))
+    for key in _only_in(old, {a for a, _ in served}):
+        title = _range(old.instances_of(key))
+        sections.append(_diff(_lines(old, key), [], names, (title, title)))
+    for key in _only_in(new, {b for _, b in served}):
+        title = _range(new.instances_of(key))
+        sections.append(_diff([], _lines(new, key), names, (title, title)))
+    return "\n".join(filter(None, sections))
+
+
+def _only_in(program: Program, matched: set[str]) -> list[str]:
+    return [key for key in program.graphs if key != MAIN and key not in matched]
+
+
+def _diff(
+    old: Sequence[str], new: Sequence[str], names: tuple[str, str], titles: tuple[str, str]
+) -> str:
+    before, after = (f"{name} {title}" for name, title in zip(names, titles, strict=True))
+    return "\n".join(difflib.unified_diff(old, new, before, after, lineterm="", n=2))
+
+
+def _range(instances: Sequence[str]) -> str:
+    ends = instances[0] if len(instances) == 1 else f"{instances[0]} .. {instances[-1]}"
+    return f"{len(instances)} x {ends}"
 
 
 def _graph_text(program: Program, key: str) -> str:
+    header = [] if key == MAIN else [f"# {_range(program.instances_of(key))}"]
+    return "\n".join(header + _lines(program, key))
+
+
+def _lines(program: Program, key: str, *, called: str | None = None) -> list[str]:
+    """Return a graph as lines, perhaps under another name."""
     graph, symbols = program.graphs[key], program.signature.symbols
     names = value_names(graph, symbols)
-    lines: list[str] = []
-    if key != MAIN:
-        served = program.instances_of(key)
-        ends = served[0] if len(served) == 1 else f"{served[0]} .. {served[-1]}"
-        lines.append(f"# {len(served)} x {ends}")
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    lines.append(f"def {key}({', '.join(names[node] for node in inputs)}):")
+    lines = [f"def {called or key}({', '.join(names[node] for node in inputs)}):"]
     lines += [_line(f"    # {names[n]}:", _kind(n.meta.get("val"), symbols)) for n in inputs]
     for node in graph.nodes:
         if node.op in ("call_function", "call_module"):
             text = f"    {names[node]} = {_call(program, node, names)}"
             lines.append(_line(text, _kind(node.meta.get("val"), symbols)))
     lines.append(f"    return {', '.join(names[node] for node in output_nodes(graph))}")
-    return "\n".join(lines)
+    return lines
 
 
 def value_names(graph: fx.Graph, symbols: Mapping[str, str]) -> dict[fx.Node, str]:

@@ -28,12 +28,16 @@ class StructuralOp:
         weights: Weights a call stands for, which are no parameters of their own once they are
             stored as codes; from the same shapes.
         backends: Backends that lower it.
+        describe: Says what part of a model a call is and of which kind, from its arguments by
+            name, tensors as the graph records them: `("linear layers", "int8 weights")`,
+            `("FFN", "8 experts x 192, top-2")`. Diffs compare the kinds of one part.
     """
 
     overload: Any
     flops: Callable[[Shapes, Shape], Mapping[str, int]]
     weights: Callable[[Shapes, Shape], int]
     backends: frozenset[str]
+    describe: Callable[[Mapping[str, Any]], tuple[str, str]]
 
 
 EVERYWHERE = frozenset({"eager", "inductor", "onnxruntime"})
@@ -42,14 +46,25 @@ OPS: Mapping[str, StructuralOp] = {
     str(op.overload): op
     for op in (
         StructuralOp(
-            quantized_linear.OP, quantized_linear.flops, quantized_linear.weights, EVERYWHERE
+            quantized_linear.OP,
+            quantized_linear.flops,
+            quantized_linear.weights,
+            EVERYWHERE,
+            quantized_linear.describe,
         ),
-        StructuralOp(int8_linear.OP, int8_linear.flops, int8_linear.weights, EVERYWHERE),
+        StructuralOp(
+            int8_linear.OP,
+            int8_linear.flops,
+            int8_linear.weights,
+            EVERYWHERE,
+            int8_linear.describe,
+        ),
         StructuralOp(
             quantized_embedding.OP,
             quantized_embedding.flops,
             quantized_embedding.weights,
             EVERYWHERE,
+            quantized_embedding.describe,
         ),
     )
 }

@@ -5,6 +5,9 @@ s = max|x| / 127 per token        y = (round(x / s) @ codes) * s * scale + bias
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,6 +60,11 @@ def flops(shapes: list[tuple[int, ...]], output: tuple[int, ...]) -> dict[str, i
 def weights(shapes: list[tuple[int, ...]], output: tuple[int, ...]) -> int:
     """Count the weights the codes stand for."""
     return _weight_only.weights(shapes, output)
+
+
+def describe(arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """Say how the layer multiplies."""
+    return "linear layers", "int8 weights and activations"
 
 
 OP = torch.ops.blockwright.int8_linear.default

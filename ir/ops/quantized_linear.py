@@ -6,6 +6,8 @@ y = x @ ((codes - zero_point) * scale) + bias          codes: [in_features, out_
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +84,14 @@ def flops(shapes: list[tuple[int, ...]], output: tuple[int, ...]) -> dict[str, i
 def weights(shapes: list[tuple[int, ...]], output: tuple[int, ...]) -> int:
     """Count the weights the codes stand for."""
     return shapes[0][-1] * output[-1]
+
+
+def describe(arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """Say how the weight is stored."""
+    group, features = arguments["group_size"], arguments["x"].shape[-1]
+    shared = f"group {group}" if group < features else "per channel"
+    zero = "" if arguments.get("zero_point") is None else ", with zero points"
+    return "linear layers", f"int{arguments['bits']} weights ({shared}{zero})"
 
 
 OP = torch.ops.blockwright.quantized_linear.default
