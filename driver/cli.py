@@ -1,18 +1,18 @@
-"""The command line: `blockwright compile | inspect | passes | run | bench | diff | doctor`."""
+"""The command line: `blockwright compile | inspect | passes | models | run | bench | ...`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..backends.artefact import load
 from ..ir.errors import OptionError
-from ..ir.text import diff_text
 from . import cli_tables as tables
 from .cli_bench import rivals
+from .cli_bisect import bisect_command
 from .cli_calls import (
     caller,
     named_tensors,
@@ -24,8 +24,10 @@ from .cli_calls import (
     statistics,
     write_tensors,
 )
+from .cli_compile import compile_command, read_recipe
+from .cli_diff import diff_command
 from .cli_inputs import parse_sizes
-from .cli_models import InputOptions, open_model, open_program, range_advice
+from .cli_models import InputOptions, open_program
 from .cli_options import (
     ArtefactArgument,
     Backend,
@@ -38,17 +40,16 @@ from .cli_options import (
     RecipeFile,
     Seed,
     Sizes,
-    Threads,
     Trust,
     Vocab,
 )
+from .cli_verify import verify_command
 from .cli_view import progress, screen, show, show_json
-from .compile import compile as compile_model
 from .doctor import examine, version
 from .measure import compare
-from .recipe import recipe_schema, resolve
-from .recipe_text import read_calls
-from .register import AnyPass, find_pass, pass_names
+from .recipe import recipe_schema
+from .register import find_pass, pass_names
+from .zoo import PRESETS
 
 app = typer.Typer(
     name="blockwright",
@@ -84,57 +85,10 @@ def root(
     """Compile the structure of transformers."""
 
 
-@app.command("compile")
-def compile_command(
-    model: ModelArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the engine goes.")],
-    passes: Passes = None,
-    recipe: RecipeFile = None,
-    input_: Inputs = None,
-    dynamic: DynamicSizes = None,
-    vocab: Vocab = None,
-    seed: Seed = 0,
-    backend: Backend = "auto",
-    threads: Threads = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the backend.")
-    ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(help="More inputs to certify on: npz or safetensors files. Repeatable."),
-    ] = None,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")
-    ] = False,
-    no_verify_each: Annotated[
-        bool, typer.Option("--no-verify-each", help="Skip the check of the graph after each pass.")
-    ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Rewrite a model by passes, check what they did, lower it and save the engine."""
-    with screen(as_json, debug), progress() as report, range_advice():
-        steps = _recipe(recipe, passes)
-        chosen = _options(threads, option)
-        given = InputOptions(input_ or (), dynamic or (), vocab, seed)
-        opened = open_model(model, given)
-        engine = compile_model(
-            opened.model,
-            steps,
-            opened.example_inputs,
-            dynamic_shapes=opened.dynamic_shapes,
-            calibration=[read_tensors(path) for path in calibration or ()] or None,
-            backend=backend,
-            options=chosen,
-            verify_each=not no_verify_each,
-            allow_nonfinite=allow_nonfinite,
-            progress=report,
-        )
-        engine.save(output)
-    if as_json:
-        show_json({"output": str(output), "backend": engine.backend, "record": engine.record})
-    else:
-        show(engine.report, f"saved {output}")
+app.command("compile")(compile_command)
+app.command("verify")(verify_command)
+app.command("bisect")(bisect_command)
+app.command("diff")(diff_command)
 
 
 @app.command()
@@ -187,6 +141,17 @@ def passes_command(
         show_json(data[0] if name else data)
     else:
         show(*(tables.pass_view(data[0]) if name else tables.passes_view(data)))
+
+
+@app.command("models")
+def models_command(as_json: Json = False, debug: Debug = False) -> None:
+    """List the presets: published models by name, which MODEL may be."""
+    with screen(as_json, debug):
+        data = [tables.preset_data(preset) for preset in PRESETS]
+    if as_json:
+        show_json(data)
+    else:
+        show(tables.presets_view(data))
 
 
 @app.command()
@@ -261,7 +226,7 @@ def bench(
     """
     with screen(as_json, debug), progress() as report:
         given = InputOptions(input_ or (), dynamic or (), vocab, seed)
-        steps = _recipe(recipe, passes)
+        steps = read_recipe(recipe, passes)
         engines = rivals(model, given, steps, backend, against, report)
         subject = engines[model].program
         tensors = random_tensors(subject, parse_sizes(sizes), vocab, seed)
@@ -272,36 +237,12 @@ def bench(
         comparison = compare(
             calls, rounds=rounds, budget_s=budget, progress=lambda a, b: report("measure", a, b)
         )
-    data = comparison.to_json() | {"relative_error": errors}
+    data = comparison.to_json() | {"relative_error": errors, "notes": list(subject.notes)}
     if as_json:
         show_json(data)
     else:
-        show(*tables.comparison_view(comparison, errors))
-
-
-@app.command()
-def diff(
-    old: Annotated[str, typer.Argument(metavar="OLD", help="A model or saved engine.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="Another.")],
-    input_: Inputs = None,
-    dynamic: DynamicSizes = None,
-    vocab: Vocab = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show how two models or saved engines differ: graphs as text, and cost."""
-    with screen(as_json, debug), progress() as report:
-        report("capture", 0, 2)
-        given = InputOptions(input_ or (), dynamic or (), vocab)
-        before = open_program(old, given)
-        report("capture", 1, 2)
-        after = open_program(new, given)
-        text = diff_text(before, after, (old, new))
-        costs = before.cost().to_json(), after.cost().to_json()
-    if as_json:
-        show_json({"diff": text, "cost": {"old": costs[0], "new": costs[1]}})
-    else:
-        show(*tables.diff_view(text, *costs))
+        notes = [f"note: {note}" for note in subject.notes]
+        show(*tables.comparison_view(comparison, errors), *notes)
 
 
 @app.command()
@@ -313,14 +254,3 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
         show_json(data)
     else:
         show(*tables.doctor_view(data))
-
-
-def _recipe(file: Path | None, texts: list[str] | None) -> list[AnyPass]:
-    return resolve([*([file] if file else []), *(texts or [])])
-
-
-def _options(threads: int | None, texts: list[str] | None) -> dict[str, Any]:
-    """Read backend options in the grammar of recipes."""
-    listed = ", ".join(texts or [])
-    (call,) = read_calls(f"options{{{listed}}}")
-    return ({"threads": threads} if threads else {}) | dict(call.options)

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from ..backends.artefact import load
 from ..backends.engine import Engine
-from ..ir.capture import capture
-from ..ir.program import Program
-from .cli_models import InputOptions, is_artefact, open_model, range_advice
+from .cli_models import InputOptions, is_artefact, open_model, program_of
 from .cli_view import Report
 from .compile import compile as compile_model
 from .register import AnyPass
@@ -29,10 +27,7 @@ def rivals(
         program, inputs, backend = saved.program, None, saved.backend
     else:
         opened = open_model(model, given)
-        inputs = opened.example_inputs
-        assert not isinstance(opened.model, Program)
-        with range_advice():
-            program = capture(opened.model, inputs, dynamic_shapes=opened.dynamic_shapes)
+        program, inputs = program_of(opened), opened.example_inputs
     engines: dict[str, Engine] = {}
     names = [name for name in map(str.strip, against.split(",")) if name]
     one_thread = {"threads": 1}

@@ -15,7 +15,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A Hugging Face directory; file.py:factory or package.module:factory, something that"
-        " is or returns a torch module; or a saved engine.",
+        " is or returns a torch module; a saved engine; or a preset, see `blockwright models`.",
     ),
 ]
 ArtefactArgument = Annotated[Path, typer.Argument(metavar="ARTEFACT", help="A saved engine.")]
@@ -49,6 +49,51 @@ Passes = Annotated[
 ]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="TOML recipe; runs before --pass.")
+]
+Order = Annotated[
+    str,
+    typer.Option(
+        metavar="given|auto", help="auto: solve the order of passes from what they need and end."
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="Carry out this plan: a plan.json, perhaps edited, or a saved engine."
+    ),
+]
+IrBefore = Annotated[
+    list[str] | None,
+    typer.Option("--print-ir-before", metavar="PASS", help="Print the graph before it runs."),
+]
+IrBeforeAll = Annotated[bool, typer.Option("--print-ir-before-all", help="... before every pass.")]
+IrAfter = Annotated[
+    list[str] | None,
+    typer.Option("--print-ir-after", metavar="PASS", help="Print the graph after it ran."),
+]
+IrAfterAll = Annotated[bool, typer.Option("--print-ir-after-all", help="... after every pass.")]
+IrAfterChange = Annotated[
+    bool, typer.Option("--print-ir-after-change", help="... only after passes that change it.")
+]
+IrAfterFailure = Annotated[
+    bool, typer.Option("--print-ir-after-failure", help="Print the graph a failing pass was given.")
+]
+Timing = Annotated[bool, typer.Option("--timing", help="Show the time of every pass by stage.")]
+Statistics = Annotated[
+    bool, typer.Option("--pass-statistics", help="Show the counters of every pass.")
+]
+CrashReproducer = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="If a pass fails, write a replayable case there."),
+]
+CheckpointFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint", metavar="DIR", help="Remember passes done; continue after them if killed."
+    ),
+]
+MeasureSpeed = Annotated[
+    bool, typer.Option("--measure-speed", help="Take back what makes its block slower.")
 ]
 Backend = Annotated[str, typer.Option(help="Where it runs; `blockwright doctor` lists them.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]

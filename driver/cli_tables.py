@@ -9,13 +9,16 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ..backends.report import change, count, size
+from ..backends.report import count, size
+from ..ir.plain import plain
 from ..ir.program import Program
-from .cli_view import coloured_diff, depth_for, grouped, table, titled
+from ..ir.recognize import block_classes
+from .cli_view import depth_for, grouped, table, titled
 from .measure import Comparison
-from .options import describe, options_of, plain
+from .options import describe, options_of
 from .recipe_text import write
 from .register import AnyPass
+from .zoo import Preset
 
 Data = Mapping[str, Any]
 _COUNTS = {
@@ -34,6 +37,8 @@ def program_data(program: Program, sizes: Mapping[str, int]) -> dict[str, Any]:
         "paths": _by_path(program, cost.by_path),
         "blocks": {key: {"instances": names, "nodes": len(program.graphs[key].nodes)}
                    for key, names in blocks.items()},
+        "recognized": [found.to_json() for found in block_classes(program)],
+        "stacks": [stack.to_json() for stack in program.stacks()],
         "nodes": program.nodes(),
         "inputs": {
             spec.name: {"dtype": _type(spec.dtype), "shape": list(spec.shape)}
@@ -81,6 +86,19 @@ def program_view(data: Data) -> list[RenderableType]:
             [
                 (key, len(b["instances"]), b["nodes"], _ends(b["instances"]))
                 for key, b in data["blocks"].items()
+            ],
+        ),
+        table(
+            "\nBlocks by structure",
+            ("structure", "#count", "what", "first .. last"),
+            [
+                (
+                    r["structure"],
+                    r["count"],
+                    r["text"],
+                    _ends(list(dict.fromkeys((r["first"], r["last"])))),
+                )
+                for r in data["recognized"]
             ],
         ),
         table(
@@ -138,6 +156,23 @@ def pass_view(data: Data) -> list[RenderableType]:
     ]
 
 
+def preset_data(preset: Preset) -> dict[str, Any]:
+    """Return what a preset is."""
+    parameters, sizes = preset.parameters, dict(preset.sizes)
+    family = preset.architecture.__name__
+    return {"name": preset.name, "family": family, "parameters": parameters, "sizes": sizes}
+
+
+def presets_view(data: list[dict[str, Any]]) -> RenderableType:
+    """Show the presets."""
+    rows = [
+        (p["name"], p["family"], f"{p['parameters']:,}",
+         ", ".join(f"{name}={size}" for name, size in p["sizes"].items()))
+        for p in data
+    ]  # fmt: skip
+    return table("Presets", ("name", "architecture", "#parameters", "one call at"), rows)
+
+
 def statistics_view(figures: Mapping[str, Data]) -> RenderableType:
     """Show figures of tensors."""
     columns = ("name", "type", "shape", "#min", "#max", "#mean", "#std", "#NaN or inf")
@@ -173,18 +208,6 @@ def comparison_view(
     noise = f"noise {comparison.noise:.2f}x"
     end = f"no verdict: {comparison.objection}" if comparison.objection else f"verdict ok, {noise}"
     return [table(title, columns, rows), end]
-
-
-def diff_view(text: str, old: Data, new: Data) -> list[RenderableType]:
-    """Show a text diff and what it costs."""
-    rows = [
-        (name.replace("_", " "), show(old[name]), show(new[name]), change(old[name], new[name]))
-        for name, show in _COUNTS.items()
-    ]
-    return [
-        coloured_diff(text) if text else "the graphs are the same.",
-        table("\nCost of one call", ("", "#old", "#new", "#change"), rows),
-    ]
 
 
 def doctor_view(data: Data) -> list[RenderableType]:

@@ -50,7 +50,8 @@ def screen(as_json: bool, debug: bool) -> Iterator[None]:
             show_json({"error": {"type": type(error).__name__, "what": error.what,
                                  "where": error.where, "remedy": error.remedy}})  # fmt: skip
         else:
-            typer.echo(error.one_line(), err=True)
+            notes = getattr(error, "__notes__", [])
+            typer.echo("\n".join([error.one_line(), *notes]), err=True)
         raise typer.Exit(2) from None
 
 

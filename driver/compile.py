@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from ..backends.engine import Engine
 from ..backends.registry import get_backend
-from ..ir.capture import ExampleInputs, capture, resolve_inputs
+from ..ir.capture import ExampleInputs, capture
 from ..ir.errors import CaptureError, LoweringError
+from ..ir.plain import plain
 from ..ir.program import Program
 from ..ir.verify import verify
 from ..passes.base import Pass
-from .certify import Inputs
+from .calibration import calibration_sets, example_set
+from .casefile import inputs_hash
+from .facts import check_recipe
+from .instrument import Instruments, Which
 from .manager import Progress, run_passes
 from .measure import compare
+from .numerics import Inputs
+from .order import ordered
+from .plans import Plans
 from .recipe import resolve, to_text
+from .reproducer import Reproducer
+from .speed import SpeedGuard
+from .whole import certify_whole
 
-CALIBRATION_SETS = 4  # input sets a certificate is measured on beside the example
 AUTO = ("onnxruntime", "eager")  # what backend="auto" measures on a CPU
 
 Recipe = Sequence[Pass[Any, Any] | str] | Pass[Any, Any] | str | Path
@@ -38,9 +45,16 @@ def compile(
     calibration: Iterable[Any] | None = None,
     backend: str = "auto",
     options: Mapping[str, Any] | None = None,
+    order: str = "given",
+    plans: Plans | None = None,
     verify_each: bool = True,
-    print_ir_after: bool = False,
+    print_ir_after: Which = False,
+    instruments: Instruments | None = None,
+    reproducer: Reproducer | str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    measure_speed: bool = False,
     allow_nonfinite: bool = False,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Engine:
     """Compile a model into an engine.
@@ -52,13 +66,22 @@ def compile(
         example_inputs: A tuple of positional or a dict of keyword arguments. Taken from the model
             where it offers some. Passes are certified on them.
         dynamic_shapes: As in `torch.export.export`.
-        calibration: More inputs like `example_inputs`, to certify on; the first 4 are used.
+        calibration: More inputs like `example_inputs`. Passes that calibrate see all of them; the
+            first 4 are certified on. Of an iterator, only those 4 are read.
         backend: `eager`, `onnxruntime`, `inductor`, or `auto`: the fastest of those that work
             here, measured on the example inputs, eager among them.
         options: `threads`, and options of the backend.
+        order: `given`, or `auto` to solve an order from what passes require, end and establish.
+        plans: Plans to carry out instead of deciding: one entry per pass (None lets it decide), or
+            the path of a plan.json or of a saved engine.
         verify_each: Check the program's invariants after each pass.
-        print_ir_after: Log the program after each pass.
+        print_ir_after: Log the program after each pass, or after the passes named.
+        instruments: What else to show while passes run: times, counters, graphs.
+        reproducer: Directory that gets a replayable case when a pass fails.
+        checkpoint: Directory that remembers passes done; a killed compile continues after them.
+        measure_speed: Take back replacements that make their block slower on the backend.
         allow_nonfinite: Accept NaN and infinite weights.
+        seed: Seed of random numbers that passes draw.
         progress: Called with (what runs, steps done, steps in all).
 
     Returns:
@@ -71,7 +94,8 @@ def compile(
         VerifyError: A pass broke an invariant or its promise.
         LoweringError: The backend is missing or cannot run the result.
     """
-    recipe = resolve(passes)
+    recipe = ordered(resolve(passes), order)
+    check_recipe(recipe)
     if backend != "auto":
         get_backend(backend)
     say = progress or (lambda what, done, total: None)
@@ -85,25 +109,38 @@ def compile(
     say("capture", 1, 1)
     if not allow_nonfinite:
         require_finite(program)
-    inputs = _input_sets(program, model, example_inputs, calibration)
+    example = example_set(program, model, example_inputs)
+    inputs, stream = calibration_sets(program, example, calibration)
+    if on_meta(program):
+        inputs, stream = [], []
     compiled, steps = run_passes(
         program,
         recipe,
-        [] if on_meta(program) else inputs,
+        inputs,
+        calibration=stream,
+        plans=plans,
         verify_each=verify_each,
         print_ir_after=print_ir_after,
+        instruments=instruments,
+        reproducer=reproducer,
+        checkpoint=checkpoint,
+        speed=SpeedGuard(_target(backend), options or {}) if measure_speed else None,
+        seed=seed,
         progress=progress,
     )
     record = {
         "model": Path(model).name if isinstance(model, str | Path) else type(model).__name__,
         "recipe": to_text(recipe),
+        "order": order,
         "notes": list(program.notes),
         "sizes": compiled.sizes(),
         "steps": [step.to_json() for step in steps],
+        "inputs": inputs_hash(inputs),
+        "certificate": plain(certify_whole(program, compiled, steps, inputs)),
         "text": {"before": program.text(), "after": compiled.text()},
         "cost": {"before": program.cost().to_json(), "after": compiled.cost().to_json()},
     }
-    return lower(compiled, backend, inputs[0], record, options or {}, say)
+    return lower(compiled, backend, example, record, options or {}, say)
 
 
 def lower(
@@ -176,42 +213,11 @@ def require_finite(program: Program) -> None:
             )
 
 
-def _input_sets(
-    program: Program, model: Any, example_inputs: ExampleInputs, calibration: Iterable[Any] | None
-) -> list[list[Tensor]]:
-    """Return the example and the first calibration inputs as flat tensors, state included."""
-    if isinstance(model, nn.Module):
-        args, kwargs = resolve_inputs(model, example_inputs)
-    elif isinstance(model, ExportedProgram) and model.example_inputs is not None:
-        args, kwargs = model.example_inputs
-    elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    elif isinstance(example_inputs, Tensor):
-        args, kwargs = (example_inputs,), {}
-    elif example_inputs is not None:
-        args, kwargs = tuple(example_inputs), {}
-    else:
-        return [_example(program)]
-    sets: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = [(args, kwargs)]
-    for item in islice(calibration or (), CALIBRATION_SETS):
-        sets.append(((), item) if isinstance(item, Mapping) else (_as_tuple(item), {}))
-    return [program.arranged(program.signature.bind(a, k)) for a, k in sets]
-
-
-def _example(program: Program) -> list[Tensor]:
-    """Make valid inputs for a program that came without any: small integers and normal floats."""
-    sizes, generator = program.sizes(), torch.Generator().manual_seed(0)
-    made: list[Tensor] = []
-    for spec in program.signature.inputs:
-        shape = [sizes.get(d, 2) if isinstance(d, str) else d for d in spec.shape]
-        value = torch.randn(shape, generator=generator)
-        made.append(value.to(spec.dtype) if spec.dtype.is_floating_point else
-                    torch.ones(shape, dtype=spec.dtype))  # fmt: skip
-    return program.arranged(made)
-
-
-def _as_tuple(item: Any) -> tuple[Any, ...]:
-    return tuple(item) if isinstance(item, tuple | list) else (item,)
+def _target(backend: str) -> str:
+    """Return the backend blocks are timed on; of `auto`, the first that works here."""
+    if backend != "auto":
+        return backend
+    return next(name for name in AUTO if not get_backend(name).missing())
 
 
 def _call(lowered: Any, inputs: Inputs) -> Any:

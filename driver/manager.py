@@ -1,91 +1,49 @@
-"""Run passes: plan, rewrite, verify, certify. A failed pass leaves the program as it was."""
+"""Run a recipe: check it whole, then pass by pass; see `driver.attempt` for one of them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..ir.errors import BlockwrightError, NoMatchError
 from ..ir.program import Program
-from ..ir.regions import Region
-from ..ir.rewrite import rewrite
-from ..ir.verify import verify
-from ..passes.base import Pass, Plan
-from .certify import Certificate, Inputs, Observed, certify, check_bounds, observe, reference
+from ..passes.base import Calibration, Pass
+from .attempt import Attempt, Setting, run_attempt
+from .casefile import inputs_hash
+from .certify import Observed, observe
 from .facts import check_recipe
+from .instrument import Instruments, Stages, Which
+from .numerics import Inputs
+from .order import ordered
+from .plans import Plans, read_plans
+from .reproducer import Reproducer
+from .resume import Checkpoint
+from .speed import SpeedGuard
+from .steps import Receipt, Step
 
+__all__ = ["Receipt", "Step", "run_passes"]
 log = logging.getLogger("blockwright.passes")
+AnyPass = Pass[Any, Any]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a pass looked at and what it did.
-
-    Attributes:
-        candidates: Regions it looked at.
-        changed: Labels of the regions it replaced.
-        skipped: Reason by label of those it left.
-        parameters: Weights before and after.
-        bytes: Bytes of stored tensors before and after.
-        nodes: Nodes of the flat graph before and after.
-    """
-
-    candidates: int
-    changed: tuple[str, ...]
-    skipped: dict[str, str]
-    parameters: tuple[int, int]
-    bytes: tuple[int, int]
-    nodes: tuple[int, int]
-
-    def __str__(self) -> str:
-        """Render in one line."""
-        rewrites = f"{len(self.changed)} rewrites, {len(self.skipped)} skips"
-        return f"{rewrites}, bytes {self.bytes[0]:,} -> {self.bytes[1]:,}"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass as it was run.
-
-    Attributes:
-        pass_: The pass.
-        plan: What it decided.
-        receipt: What it did.
-        certificate: What was measured; None when there was nothing to run it on.
-        seconds: Wall time of each stage.
-    """
-
-    pass_: Pass[Any, Any]
-    plan: Plan[Any]
-    receipt: Receipt
-    certificate: Certificate | None
-    seconds: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {
-            "pass": self.pass_.name,
-            "options": self.pass_.options(),
-            "promise": str(self.pass_.promise),
-            "plan": self.plan.to_json(),
-            "receipt": asdict(self.receipt) | {"changed": list(self.receipt.changed)},
-            "certificate": self.certificate.to_json() if self.certificate else None,
-        }
 
 
 def run_passes(
     program: Program,
-    passes: Sequence[Pass[Any, Any]],
+    passes: Sequence[AnyPass],
     inputs: Sequence[Inputs] = (),
     *,
+    calibration: Calibration | None = None,
+    plans: Plans | None = None,
+    order: str = "given",
     verify_each: bool = True,
-    print_ir_after: bool = False,
+    print_ir_after: Which = False,
+    instruments: Instruments | None = None,
+    reproducer: Reproducer | str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    speed: SpeedGuard | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Program, list[Step]]:
     """Run passes in order and return the new program with one step per pass.
@@ -94,118 +52,72 @@ def run_passes(
         program: Where to start; it is not changed.
         passes: Passes in order.
         inputs: Flat inputs to certify on; without any, no certificate is made.
+        calibration: Flat inputs to measure and recover on; `inputs` when left out.
+        plans: Plans to carry out instead of deciding; see `driver.plans`.
+        order: `given`, or `auto` to solve an order from the facts passes require and end.
         verify_each: Check the program's invariants after each pass.
-        print_ir_after: Log the program's text after each pass.
+        print_ir_after: Log the program's text after each pass, or after those named.
+        instruments: What else to show.
+        reproducer: Directory that gets the case when a pass fails.
+        checkpoint: Directory that remembers passes done, for a compile that is killed.
+        speed: Reverts replacements that are slower; None to leave speed alone.
+        seed: Seed of random numbers passes draw.
         progress: Called with (what runs, passes done, passes in all).
 
     Raises:
-        OptionError: The list as a whole cannot work.
+        OptionError: The list as a whole cannot work, or a plan is not one of its pass.
         NoMatchError: A pass changed nothing and may not.
         VerifyError: A pass broke an invariant or its promise.
     """
-    check_recipe(passes)
-    steps: list[Step] = []
-    observed: Observed | None = None
-    for index, pass_ in enumerate(passes):
-        if progress:
-            progress(pass_.name, index, len(passes))
-        if inputs and observed is None:
-            observed = observe(program, inputs)
-        program, step, observed = _run_pass(program, pass_, inputs, observed, verify_each)
-        steps.append(step)
-        log.info("%s: %s", pass_, step.receipt)
-        if print_ir_after:
-            log.info("after %s:\n%s", pass_.name, program.text())
+    passes = ordered(passes, order)
+    check_recipe(passes, program)
+    given = read_plans(plans, passes)
+    instruments = instruments or Instruments(print_ir_after=print_ir_after)
+    instruments.check(passes)
+    case = Reproducer(Path(reproducer)) if isinstance(reproducer, str | Path) else reproducer
+    stream = inputs if calibration is None else calibration
+    setting = Setting(inputs, stream, verify_each, instruments, case, speed, seed)
+    with contextlib.ExitStack() as stack:
+        store: Checkpoint | None = None
+        steps: list[Step] = []
+        if checkpoint is not None and passes:
+            about = _about(setting, passes)
+            store = Checkpoint(Path(checkpoint), program, passes, given, about)
+            stack.enter_context(store)
+            program, steps = store.restore()
+            for note in store.notes:
+                instruments.say("checkpoint", note)
+        observed: Observed | None = None
+        for index in range(len(steps), len(passes)):
+            pass_ = passes[index]
+            if progress:
+                progress(pass_.name, index, len(passes))
+            if inputs and observed is None:
+                observed = observe(program, inputs)
+            attempt = Attempt(pass_, program, given[index], Stages())
+            program, step, observed = run_attempt(attempt, setting, observed)
+            steps.append(step)
+            if store is not None:
+                store.save(index, program, step)
+            log.info("%s: %s", pass_, step.receipt)
     if progress and passes:
         progress("passes", len(passes), len(passes))
+    instruments.finish(steps)
     return program, steps
 
 
-def _run_pass(
-    program: Program,
-    pass_: Pass[Any, Any],
-    inputs: Sequence[Inputs],
-    observed: Observed | None,
-    verify_each: bool,
-) -> tuple[Program, Step, Observed | None]:
-    clock = _Stages()
-    try:
-        with clock("plan"):
-            plan = pass_.plan(program)
-            _require_match(pass_, plan)
-        with clock("rewrite"):
-            replaced = _replacements(program, pass_, plan)
-            new = rewrite(program, replaced, by=pass_.name) if replaced else program
-        if verify_each and new is not program:
-            with clock("verify"):
-                verify(new, by=pass_.name)
-        certificate = None
-        if observed is not None and new is not program:
-            with clock("certify"):
-                exact = reference(program, inputs)
-                after = observe(new, inputs)
-                bound = check_bounds(pass_, program, replaced, inputs)
-                certificate = certify(pass_, program, observed, after, exact, bound)
-                observed = after
-    except BlockwrightError:
-        raise
-    except Exception as error:
-        error.add_note(f"while running the pass {pass_}; the program is unchanged")
-        raise
-    receipt = _receipt(program, new, plan)
-    return new, Step(pass_, plan, receipt, certificate, clock.seconds), observed
-
-
-def _replacements(
-    program: Program, pass_: Pass[Any, Any], plan: Plan[Any]
-) -> list[tuple[Region, nn.Module]]:
-    found: list[tuple[Region, nn.Module]] = []
-    for region in pass_.regions(program):
-        label = region.label
-        if label in plan.decisions:
-            found.append((region, pass_.replace(region, plan.decisions[label])))
-    return found
-
-
-def _require_match(pass_: Pass[Any, Any], plan: Plan[Any]) -> None:
-    """Zero changes is an error, with the reasons, unless the caller accepts it."""
-    if plan.decisions or pass_.allow_no_match:
-        return
-    kinds = " or ".join(kind.kind for kind in pass_.region_kinds())
-    reasons = [f"{label} {reason}" for label, reason in plan.skips.items()]
-    found = f"skipped all {len(reasons)}" if reasons else f"found no {kinds}"
-    raise NoMatchError(
-        f"{pass_.name} changed nothing: it {found}{': ' + reasons[0] if reasons else ''}.",
-        remedy="check its options with `blockwright passes`, or set allow_no_match=true.",
+def _about(setting: Setting, passes: Sequence[AnyPass]) -> dict[str, Any]:
+    """Return what the results of passes depend on beside the model and themselves."""
+    calibrated = any(
+        type(pass_).measure is not Pass.measure or type(pass_).recover is not Pass.recover
+        for pass_ in passes
     )
-
-
-def _receipt(old: Program, new: Program, plan: Plan[Any]) -> Receipt:
-    before, after = old.cost(), new.cost()
-    return Receipt(
-        candidates=len(plan.decisions) + len(plan.skips),
-        changed=tuple(plan.decisions),
-        skipped=dict(plan.skips),
-        parameters=(before.parameters, after.parameters),
-        bytes=(before.weight_bytes, after.weight_bytes),
-        nodes=(old.nodes(), new.nodes()),
-    )
-
-
-class _Stages:
-    """Wall time by stage: `with clock("plan"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._open: list[tuple[str, float]] = []
-
-    def __call__(self, stage: str) -> _Stages:
-        self._open.append((stage, time.perf_counter()))
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        stage, begin = self._open.pop()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+    return {
+        "inputs": inputs_hash(setting.inputs),
+        "calibration": inputs_hash(setting.calibration) if calibrated else None,
+        "settings": {
+            "seed": setting.seed,
+            "verify_each": setting.verify_each,
+            "speed": setting.speed is not None,
+        },
+    }

@@ -1,7 +1,8 @@
 """Options of a pass: read from its dataclass, checked, described.
 
-A recipe holds plain values (true, 3, 0.5, "text", none, lists of them). `fit` turns one into what
-the field's type asks for; `describe` and `schema` say the same rules to people and to editors.
+A recipe holds plain values (true, 3, 0.5, "text", none, lists of them). `ir.plain.fit` turns one
+into what the field's type asks for; `describe` and `schema` say the same rules to people and to
+editors.
 """
 
 from __future__ import annotations
@@ -9,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from ..ir.plain import SCALARS, is_union
 from ..passes import Pass
 
-_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -68,35 +67,9 @@ def attribute_help(kind: type) -> dict[str, str]:
     return helps
 
 
-def fit(value: Any, hint: Any) -> Any:
-    """Return a plain value as the type a field asks for.
-
-    Raises:
-        TypeError: It does not fit.
-    """
-    if hint is Any:
-        return value
-    if _is_union(hint):
-        return _fit_first(value, typing.get_args(hint))
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return _fit_choice(value, {choice: choice for choice in args})
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return _fit_choice(value, {member.value: member for member in hint})
-    if origin in (tuple, list) and isinstance(value, list | tuple):
-        kinds = [args[0]] * len(value) if origin is list or Ellipsis in args else list(args)
-        if len(kinds) == len(value):
-            return origin(fit(item, kind) for item, kind in zip(value, kinds, strict=True))
-    if hint is float and type(value) is int:
-        return float(value)
-    if (hint in _SCALARS and type(value) is hint) or (hint is type(None) and value is None):
-        return value
-    raise TypeError
-
-
 def describe(hint: Any) -> str:
     """Say in words what a type accepts, as in `a list of strings or none`."""
-    if _is_union(hint):
+    if is_union(hint):
         return " or ".join(describe(member) for member in typing.get_args(hint))
     choices, items = _choices(hint), _items(hint)
     if choices is not None:
@@ -105,12 +78,12 @@ def describe(hint: Any) -> str:
         return f"a list, each {describe(items)}"
     if typing.get_origin(hint) is tuple:
         return f"a list [{', '.join(map(describe, typing.get_args(hint)))}]"
-    return "none" if hint is type(None) else _SCALARS.get(hint, "a value only Python can give")
+    return "none" if hint is type(None) else SCALARS.get(hint, "a value only Python can give")
 
 
 def schema(hint: Any) -> dict[str, Any]:
     """Return the JSON schema of a type, `none` spelled as the string TOML has for it."""
-    if _is_union(hint):
+    if is_union(hint):
         return {"anyOf": [schema(member) for member in typing.get_args(hint)]}
     choices, items = _choices(hint), _items(hint)
     if choices is not None:
@@ -125,19 +98,8 @@ def schema(hint: Any) -> dict[str, Any]:
     return {"type": _JSON_TYPES[hint]} if hint in _JSON_TYPES else {}
 
 
-def plain(value: Any) -> Any:
-    """Return a value as true, numbers, strings, None and lists of them."""
-    if isinstance(value, Enum):
-        return value.value
-    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _choices(hint: Any) -> list[Any] | None:
@@ -151,20 +113,3 @@ def _items(hint: Any) -> Any | None:
     """Return the type of the items of a list of any length."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     return args[0] if origin is list or (origin is tuple and Ellipsis in args) else None
-
-
-def _fit_first(value: Any, members: tuple[Any, ...]) -> Any:
-    """Fit the member of the value's own type, else the first that takes it."""
-    for member in sorted(members, key=lambda member: member is not type(value)):
-        try:
-            return fit(value, member)
-        except TypeError:
-            continue
-    raise TypeError
-
-
-def _fit_choice(value: Any, choices: Mapping[Any, Any]) -> Any:
-    for choice, result in choices.items():
-        if type(choice) is type(value) and choice == value:
-            return result
-    raise TypeError

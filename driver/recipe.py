@@ -18,11 +18,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..ir.errors import OptionError
+from ..ir.plain import fit, plain
 from ..passes import Pass
-from .options import Option, fit, options_of, plain, schema
+from .options import Option, options_of, schema
+from .order import Order, ordered
 from .recipe_text import read_calls, write
 from .register import AnyPass, build_pass, find_pass, pass_names
 
@@ -89,6 +91,7 @@ def parse_toml(text: str, *, source: str = "the recipe") -> list[AnyPass]:
 
     Args:
         text: Content, a `[[pass]]` table per pass. `"none"` stands for None where that is allowed.
+            `order = "auto"` above them solves their order.
         source: What messages call it.
 
     Raises:
@@ -98,7 +101,7 @@ def parse_toml(text: str, *, source: str = "the recipe") -> list[AnyPass]:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"not valid TOML: {error}.", where=source) from error
-    unknown = sorted(data.keys() - {"pass"})
+    unknown = sorted(data.keys() - {"pass", "order"})
     if unknown:
         raise OptionError(
             f"a recipe has no key {unknown[0]!r}.", where=source, remedy="use [[pass]] tables."
@@ -106,9 +109,10 @@ def parse_toml(text: str, *, source: str = "the recipe") -> list[AnyPass]:
     tables = data.get("pass", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise OptionError("pass is no list of tables.", where=source, remedy="write [[pass]].")
-    return [
+    passes = [
         _from_table(table, f"pass {index} of {source}") for index, table in enumerate(tables, 1)
     ]
+    return ordered(passes, data.get("order", "given"))
 
 
 def to_toml(passes: Iterable[AnyPass]) -> str:
@@ -134,7 +138,8 @@ def recipe_schema() -> dict[str, Any]:
         "title": "blockwright recipe",
         "type": "object",
         "properties": {
-            "pass": {"type": "array", "items": {"oneOf": list(map(_pass_schema, pass_names()))}}
+            "order": {"enum": list(get_args(Order)), "default": "given"},
+            "pass": {"type": "array", "items": {"oneOf": list(map(_pass_schema, pass_names()))}},
         },
         "additionalProperties": False,
     }

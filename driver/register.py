@@ -12,8 +12,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..ir.errors import OptionError
+from ..ir.plain import fit
 from ..passes import PASSES, Pass
-from .options import Option, describe, fit, options_of
+from .options import Option, describe, options_of
 
 GROUP = "blockwright.passes"
 AnyPass = Pass[Any, Any]

@@ -14,9 +14,11 @@ from torch import Tensor, fx
 
 from .graphs import output_nodes
 from .program import MAIN, Program
+from .regions import Region
 
 Observer = Callable[[str, Sequence[Any]], None]
 NodeObserver = Callable[[str | None, fx.Node, Any], None]
+Replaced = Sequence[tuple[Region, Callable[..., Any]]]
 
 
 def run(
@@ -26,6 +28,7 @@ def run(
     dtype: torch.dtype | None = None,
     on_block: Observer | None = None,
     on_node: NodeObserver | None = None,
+    instead: Replaced = (),
 ) -> list[Any]:
     """Run the program on flat inputs.
 
@@ -35,12 +38,13 @@ def run(
         dtype: Compute floating-point values in this type; None keeps each as it is.
         on_block: Called with an instance's name and outputs after it ran.
         on_node: Called with (instance or None, node, value) after each node.
+        instead: Regions of the program, and what is called in the place of each.
 
     Returns:
         The flat outputs of `main`.
     """
     with torch.no_grad():
-        return _Runner(program, dtype, on_block, on_node).run(inputs)
+        return _Runner(program, dtype, on_block, on_node, instead).run(inputs)
 
 
 def run_nodes(
@@ -73,9 +77,11 @@ class _Runner:
         dtype: torch.dtype | None,
         on_block: Observer | None,
         on_node: NodeObserver | None,
+        instead: Replaced = (),
     ) -> None:
         self.program, self.dtype = program, dtype
         self.on_block, self.on_node = on_block, on_node
+        self.instead = {(r.instance, node): (r, call) for r, call in instead for node in r.nodes}
         self.last_use: dict[str, dict[fx.Node, list[fx.Node]]] = {}
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -89,8 +95,11 @@ class _Runner:
         for node in graph.nodes:
             if node.op == "output":
                 break
-            env[node] = self.node(node, env, given, instance)
-            if self.on_node is not None:
+            if (instance, node) in self.instead:
+                self._replace(*self.instead[instance, node], env)
+            else:
+                env[node] = self.node(node, env, given, instance)
+            if self.on_node is not None and node in env:
                 self.on_node(instance, node, env[node])
             for dead in frees.get(node, ()):
                 env.pop(dead, None)
@@ -115,6 +124,14 @@ class _Runner:
             args, kwargs = _retype(args, self.dtype), _retype(kwargs, self.dtype)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    def _replace(self, region: Region, call: Callable[..., Any], env: dict[fx.Node, Any]) -> None:
+        """Compute a region's outputs another way, as soon as its inputs are known."""
+        if region.outputs[0] in env or not all(node in env for node in region.inputs):
+            return
+        result = call(*(env[node] for node in region.inputs))
+        several = isinstance(result, tuple | list)
+        env.update(zip(region.outputs, result if several else (result,), strict=True))
 
     def _convert(self, value: Any) -> Any:
         if self.dtype is not None and isinstance(value, Tensor) and value.is_floating_point():

@@ -9,7 +9,7 @@ One large matrix product runs faster than three small ones, and later passes see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ir.facts import Fact
 from ..ir.recognize import Projections
 from .base import Pass, Promise, Skip, selected
 
@@ -37,7 +38,8 @@ class FuseProjections(Pass[Projections, list[int]]):
 
     name: ClassVar[str] = "fuse-projections"
     promise: ClassVar[Promise] = Promise.EXACT
-    requires: ClassVar[frozenset[str]] = frozenset({"weights are dense"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.DENSE_WEIGHTS})
+    verbs: ClassVar[Mapping[Fact, str]] = {Fact.DENSE_WEIGHTS: "must join"}
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 

@@ -8,6 +8,7 @@ quantizes its input, one scale per token, and multiplies integers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..ir.errors import OptionError
+from ..ir.facts import Fact
 from ..ir.ops import int8_linear, packing
 from ..ir.ops.quantized_linear import weight_of
 from ..ir.recognize import Embedding, Linear
@@ -66,6 +68,11 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
 
     name: ClassVar[str] = "quantize-weights"
     promise: ClassVar[Promise] = Promise.BOUNDED
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"bits": 4, "group_size": 8, "embeddings": True},
+        {"activations": "int8"},
+    )
     bits: int = 8
     group_size: int | None = None
     symmetric: bool = True
@@ -87,9 +94,9 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
                 "quantize-weights: activations=int8 needs bits=8, symmetric=true and no group_size."
             )
 
-    def ends(self) -> frozenset[str]:
+    def ends(self) -> frozenset[Fact]:
         everywhere = self.include == ("*",) and not self.exclude
-        return frozenset({"weights are dense"}) if everywhere else frozenset()
+        return frozenset({Fact.DENSE_WEIGHTS}) if everywhere else frozenset()
 
     def decide(self, region: Linear | Embedding) -> Codes | Skip:
         if not selected(region.label, self.include, self.exclude):
@@ -122,6 +129,13 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
             bits=codes.bits,
             group_size=codes.group_size,
         )
+
+    def predict(self, region: Linear | Embedding, codes: Codes) -> Mapping[str, int]:
+        weight = region.weight
+        embedding = isinstance(region, Embedding)
+        rows, columns = weight.shape
+        new = stored_bytes(rows, columns, codes, weight.element_size() if embedding else 4)
+        return {"parameters": 0, "weight_bytes": new - weight.numel() * weight.element_size()}
 
     def bound(self, region: Linear | Embedding, module: nn.Module, x: Tensor) -> Tensor | None:
         if isinstance(module, QuantizedEmbedding):
@@ -197,6 +211,14 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Tensor:
         return torch.ops.blockwright.quantized_embedding(ids, self.codes, self.scale)
+
+
+def stored_bytes(rows: int, columns: int, codes: Codes, scale_bytes: int) -> int:
+    """Return the bytes of a weight [rows, columns] as codes, scales and zero points."""
+    groups = rows * -(-columns // codes.group_size)
+    zeros = 0 if codes.symmetric else groups
+    packed = sum(-(-count * codes.bits // 8) for count in (rows * columns, zeros))
+    return packed + groups * scale_bytes
 
 
 def quantize(

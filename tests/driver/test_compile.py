@@ -14,6 +14,7 @@ import blockwright as bw
 from blockwright.backends.base import Backend, Lowered
 from blockwright.backends.eager import EagerBackend
 from blockwright.driver import compile as module
+from blockwright.driver.calibration import CERTIFIED_SETS
 from blockwright.ir.errors import CaptureError, LoweringError, NoMatchError, OptionError
 from blockwright.ir.program import Program
 from blockwright.models.gpt import GPT, GPTConfig
@@ -64,7 +65,7 @@ def test_certificates_use_calibration_inputs(gpt: GPT, tokens: Tensor) -> None:
     batches = ((tokens.flip(0),) for _ in range(100))
     engine = bw.compile(gpt, RECIPE, (tokens,), calibration=batches, backend="eager")
     certificate = engine.record["steps"][-1]["certificate"]
-    assert certificate["inputs"] == 1 + module.CALIBRATION_SETS
+    assert certificate["inputs"] == 1 + CERTIFIED_SETS
     assert next(batches) is not None  # no more batches were taken than used
 
 
