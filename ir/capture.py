@@ -15,6 +15,7 @@ import random
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from .blueprint import named_tensors
 from .errors import CaptureError
-from .exported import from_exported, without_unread
+from .exported import from_exported, functional, without_unread
+from .inference import collected_later, evaluation, parameter_names, without_cache
+from .press import Press
 from .program import Program
-from .stamp import Press, check_stamped, find_repeats, stamp
+from .repeats import find_repeats
+from .stamp import check_stamped, stamp
 
 log = logging.getLogger("blockwright.capture")
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | None
@@ -61,38 +66,49 @@ def capture(
     if isinstance(model, ExportedProgram):
         return without_unread(from_exported(model, fold=fold))
     args, kwargs = resolve_inputs(model, example_inputs)
-    with _evaluation(model), _without_cache(model, kwargs) as notes, torch.no_grad():
-        _reject_mixed_devices(model, (args, kwargs))
-        held = dict(_all_tensors(model))
+    with (
+        collected_later(),
+        evaluation(model),
+        without_cache(model, kwargs) as notes,
+        torch.no_grad(),
+    ):
+        held = dict(named_tensors(model))
+        _reject_mixed_devices(held, (args, kwargs))
 
-        def export(fold: bool) -> Program:
+        def export(fold: bool, around: AbstractContextManager[None]) -> Program:
+            with around:
+                exported = functional(_export(model, args, kwargs, dynamic_shapes))
             return from_exported(
-                _export(model, args, kwargs, dynamic_shapes),
+                exported,
                 fold=fold,
                 notes=tuple(notes),
-                parameters=_parameter_names(model.forward),
+                parameters=parameter_names(model.forward),
                 symbols=_dim_names(model, args, kwargs, dynamic_shapes),
                 held=held,
             )
 
-        return without_unread((fold and _by_blocks(model, export)) or export(fold))
+        folded = _by_blocks(model, held, export) if fold else None
+        return without_unread(folded or export(fold, nullcontext()))
 
 
-def _by_blocks(model: nn.Module, export: Callable[[bool], Program]) -> Program | None:
+def _by_blocks(
+    model: nn.Module, held: Mapping[str, Tensor], export: Callable[..., Program]
+) -> Program | None:
     """Capture a deep model one block per kind; None when it must be captured flat."""
     groups = find_repeats(model)
-    if not groups:
-        return None
-    press = Press(groups)
-    try:
-        with press.open():
-            flat = export(False)
-        program = stamp(flat, press)
-        check_stamped(program, press, random.Random(0))
-    except Exception as error:  # flat capture decides whether the model is at fault
-        log.info("captured flat: %s", error)
-        return None
-    return program
+    while groups:
+        press = Press(groups)
+        try:
+            program = stamp(export(False, press.open(model)), press, held)
+            check_stamped(program, press, random.Random(0))
+        except Exception as error:  # flat capture decides whether the model is at fault
+            log.info("captured flat: %s", error)
+            if not press.unfit:
+                return None
+            groups = [group for n, group in enumerate(groups) if n not in press.unfit]
+        else:
+            return program
+    return None
 
 
 def resolve_inputs(
@@ -181,57 +197,15 @@ def _quiet_torch() -> Iterator[None]:
         logging.disable(disabled)
 
 
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Capture in eval mode; leave every submodule's flag as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _without_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Switch off the cache object a Hugging Face model would return, which no graph can hold."""
-    notes: list[str] = []
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not getattr(text, "use_cache", False) or kwargs.get("use_cache"):
-        yield notes
-        return
-    if "past_key_values" in _parameter_names(model.forward):
-        notes.append("the model's cache object (past_key_values) is not among the outputs.")
-    text.use_cache = False
-    try:
-        yield notes
-    finally:
-        text.use_cache = True
-
-
-def _reject_mixed_devices(model: nn.Module, inputs: Any) -> None:
+def _reject_mixed_devices(held: Mapping[str, Tensor], inputs: Any) -> None:
     """Refuse models whose tensors sit on several devices, which one graph cannot run."""
-    found = {t.device for t in (*model.parameters(), *model.buffers())}
+    found = {tensor.device for tensor in held.values()}
     found |= {leaf.device for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)}
     if len(found) > 1:
         raise CaptureError(
             f"tensors are on several devices: {', '.join(sorted(map(str, found)))}.",
             remedy="move the model and its example inputs to one device.",
         )
-
-
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(
-        name for name, p in inspect.signature(forward).parameters.items() if p.kind in kinds
-    )
 
 
 def _dim_names(

@@ -47,8 +47,7 @@ def from_exported(
         symbols: Name of a dynamic dimension by flat input name and axis.
         held: Every tensor of the model by every name, ties included.
     """
-    if any(is_mutable(node) for node in exported.graph.nodes):
-        exported = _functional(exported)
+    exported = functional(exported)
     tensors, canonical = _tensors(exported, held or {})
     graph, state = _graph(exported, canonical)
     signature = _signature(exported, graph, parameters, symbols or {})
@@ -66,8 +65,10 @@ def from_exported(
     return fold_blocks(program) if fold else program
 
 
-def _functional(exported: ExportedProgram) -> ExportedProgram:
+def functional(exported: ExportedProgram) -> ExportedProgram:
     """Return the program with every write turned into a new value."""
+    if not any(is_mutable(node) for node in exported.graph.nodes):
+        return exported
     try:
         return exported.run_decompositions({})
     except Exception as error:  # torch asserts what it cannot do

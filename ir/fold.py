@@ -2,7 +2,7 @@
 
 A residual network runs its blocks one after the other, so in execution order a stack is a
 *periodic* stretch: node i does what node i + p does. Folding finds such stretches by hashing what
-each node does (op, constants, shapes; never names), cuts them where the fewest values cross, and
+each node does (op, constants, shapes; never names), cuts them where residual blocks end, and
 proves node by node that every block is isomorphic to its neighbour before it may share a graph.
 
 Every step is linear in the number of nodes.
@@ -11,7 +11,7 @@ Every step is linear in the number of nodes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,16 +33,17 @@ def fold_blocks(program: Program) -> Program:
     for stretch in find_stretches(keys, nodes):
         if _chained(nodes, stretch):
             groups += _isomorphic_runs(nodes, stretch, key_of)
-    classes = []
+    graphs: list[fx.Graph] = []
+    found: list[tuple[int, Occurrence]] = []
     for group in groups:
         outputs = sorted({position for iso in group for position in iso.escaping()})
         occurrences = _occurrences(sorted(group, key=lambda iso: order[iso.nodes[0]]), outputs)
+        found += [(len(graphs), occurrence) for occurrence in occurrences]
         first = group[0]  # of all blocks the one whose inputs are least likely to coincide
         slots = dict(zip(first.weights, _slots(first), strict=True))
         results = [first.nodes[position] for position in outputs]
-        graph = class_graph(first.nodes, first.inputs, slots, results, first.path)
-        classes.append((graph, occurrences))
-    return outline(program, classes) if classes else program
+        graphs.append(class_graph(first.nodes, first.inputs, slots, results, first.path))
+    return outline(program, graphs, found) if graphs else program
 
 
 @dataclass
@@ -140,7 +141,7 @@ def _occurrences(group: list[Isomorph], outputs: list[int]) -> list[Occurrence]:
             path=iso.path,
             anchor=iso.nodes[0],
             inputs=iso.inputs,
-            results=[iso.nodes[position] for position in outputs],
+            results=[[iso.nodes[position]] for position in outputs],
             owned=set(iso.nodes),
             weights=[str(weight.target) for weight in iso.weights],
         )
@@ -155,42 +156,50 @@ class Occurrence:
     Attributes:
         path: Module path, the name of the instance if it is free.
         anchor: The node in whose place the call comes.
-        inputs: What the call passes.
-        results: Main's node for each output; None for one nobody reads.
+        inputs: What the call passes: nodes of main, or what stands for results of other calls.
+        results: What stands for each output, here and in inputs of calls after this one.
         owned: Nodes the call replaces.
         weights: Tensor names, in the order of the class graph's slots.
     """
 
     path: str
     anchor: fx.Node
-    inputs: Sequence[fx.Node]
-    results: Sequence[fx.Node | None]
+    inputs: Sequence[Hashable]
+    results: Sequence[Sequence[Hashable]]
     owned: set[fx.Node]
     weights: Sequence[str]
 
 
-def outline(program: Program, classes: Sequence[tuple[fx.Graph, list[Occurrence]]]) -> Program:
-    """Return the program with occurrences in main replaced by calls of their class graphs."""
-    graphs: dict[str, fx.Graph] = {}
+def outline(
+    program: Program, classes: Sequence[fx.Graph], found: Sequence[tuple[int, Occurrence]]
+) -> Program:
+    """Return the program with occurrences in main replaced by calls of their class graphs.
+
+    Args:
+        program: A program without instances.
+        classes: Class graphs.
+        found: Occurrences with the position of their class, those at one anchor in order.
+    """
+    graphs = {f"block{number}": graph for number, graph in enumerate(classes)}
+    slots = [[str(n.target) for n in graph.nodes if n.op == "get_attr"] for graph in classes]
     instances: dict[str, Instance] = {}
-    at: dict[fx.Node, tuple[str, Occurrence]] = {}
+    at: dict[fx.Node, list[tuple[str, Occurrence]]] = {}
     owned: set[fx.Node] = set()
-    for graph, occurrences in classes:
-        block = f"block{len(graphs)}"
-        graphs[block] = graph
-        slots = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-        for occurrence in occurrences:
-            name = _unique(occurrence.path, instances)
-            instances[name] = Instance(block, dict(zip(slots, occurrence.weights, strict=True)))
-            at[occurrence.anchor] = (name, occurrence)
-            owned |= occurrence.owned
+    for number, occurrence in found:
+        weights = dict(zip(slots[number], occurrence.weights, strict=True))
+        name = _unique(occurrence.path, instances)
+        instances[name] = Instance(f"block{number}", weights)
+        at.setdefault(occurrence.anchor, []).append((name, occurrence))
+        owned |= occurrence.owned
+    returned = {
+        block: tuple(node.meta["val"] for node in output_nodes(graph))
+        for block, graph in graphs.items()
+    }
     main = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[Hashable, fx.Node] = {}
     for node in program.main.nodes:
-        if node in at:
-            name, occurrence = at[node]
-            values = tuple(n.meta["val"] for n in output_nodes(graphs[instances[name].block]))
-            _call(main, name, occurrence, values, env)
+        for name, occurrence in at.get(node, ()):
+            _call(main, name, occurrence, returned[instances[name].block], env)
         if node not in owned and not (node.op == "get_attr" and owned.issuperset(node.users)):
             env[node] = main.node_copy(node, env.__getitem__)
     ordered = {str(n.target): instances[str(n.target)] for n in main.nodes if n.op == "call_module"}
@@ -202,15 +211,16 @@ def _call(
     name: str,
     occurrence: Occurrence,
     values: tuple[object, ...],
-    env: dict[fx.Node, fx.Node],
+    env: dict[Hashable, fx.Node],
 ) -> None:
     """Append a call and what picks its outputs."""
-    call = main.call_module(name, tuple(env[node] for node in occurrence.inputs))
+    call = main.call_module(name, tuple(env[value] for value in occurrence.inputs))
     call.meta["val"] = values
-    for index, result in enumerate(occurrence.results):
-        if result is not None:
-            env[result] = main.call_function(operator.getitem, (call, index))
-            env[result].meta = {"val": values[index]}
+    for index, names in enumerate(occurrence.results):
+        if names:
+            picked = main.call_function(operator.getitem, (call, index))
+            picked.meta = {"val": values[index]}
+            env.update(dict.fromkeys(names, picked))
 
 
 def class_graph(

@@ -39,6 +39,20 @@ def remembered(graph: fx.Graph, what: Any, make: Callable[[fx.Graph], T]) -> T:
     return known[what]
 
 
+def positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return the place of each node in its graph, counted once per graph."""
+    return remembered(graph, "positions", lambda g: {n: i for i, n in enumerate(g.nodes)})
+
+
+def block_calls(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return the calls of block instances by name, in order."""
+
+    def find(graph: fx.Graph) -> dict[str, fx.Node]:
+        return {str(node.target): node for node in graph.nodes if node.op == "call_module"}
+
+    return remembered(graph, "calls", find)
+
+
 def output_nodes(graph: fx.Graph) -> list[fx.Node]:
     """Return the nodes a graph returns, in order."""
     (result,) = graph.output_node().args
@@ -98,7 +112,7 @@ def module_path(node: fx.Node) -> str:
 
 def common_prefix(paths: Iterable[str]) -> str:
     """Return the longest module path that all paths start with."""
-    split = [path.split(".") for path in paths]
+    split = [path.split(".") for path in dict.fromkeys(paths)]
     if not split:
         return ""
     shared: list[str] = []

@@ -3,18 +3,20 @@
     keys:  a b [c d e c d e c d e] f        a stretch of 3 blocks of 3
 
 A stretch is found by votes: equal runs of keys some distance apart vote for that distance as the
-period. It is then cut into blocks where the fewest values cross from one block to the next.
+period. It is then cut into blocks: where residual blocks end, or else where the fewest values cross
+from one block to the next.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from torch import fx
 
 from .graphs import common_prefix, module_path
+from .regions import find_once
 
 WINDOWS = (64, 16, 4)  # nodes that must repeat before a stretch is looked at, longest first
 CANDIDATES = 8  # periods tried per window
@@ -30,7 +32,13 @@ class Stretch:
 
 
 def find_stretches(keys: Sequence[int], nodes: Sequence[fx.Node]) -> list[Stretch]:
-    """Return disjoint periodic stretches of a key sequence, in order, cut at their narrowest."""
+    """Return disjoint periodic stretches of a key sequence, in order, cut into blocks.
+
+    Args:
+        keys: What each node does.
+        nodes: The nodes, of one graph.
+    """
+    borders: Set[int] | None = None
     claimed = [False] * len(keys)
     found: list[Stretch] = []
     for window in WINDOWS:
@@ -40,7 +48,8 @@ def find_stretches(keys: Sequence[int], nodes: Sequence[fx.Node]) -> list[Stretc
             if run is None:
                 break
             first, last, period = run
-            stretch = _cut(nodes, first, last, period)
+            borders = _borders(nodes) if borders is None else borders
+            stretch = _cut(nodes, (first, last, period), borders)
             if stretch is not None:
                 found.append(stretch)
                 first, last = stretch.start, stretch.start + stretch.count * period
@@ -97,8 +106,9 @@ def _longest_run(
     return best
 
 
-def _cut(nodes: Sequence[fx.Node], first: int, end: int, period: int) -> Stretch | None:
-    """Choose where blocks begin: where fewest values cross, then where modules begin."""
+def _cut(nodes: Sequence[fx.Node], run: tuple[int, int, int], borders: Set[int]) -> Stretch | None:
+    """Choose where blocks begin: behind others, where fewest values cross, where modules begin."""
+    first, end, period = run
     position = {node: index for index, node in enumerate(nodes[first:end], first)}
     middle = first + period * ((end - first) // period // 2)
     crossing = [0] * (period + 1)
@@ -117,10 +127,21 @@ def _cut(nodes: Sequence[fx.Node], first: int, end: int, period: int) -> Stretch
         if count < 2:
             continue
         prefix = len(common_prefix(map(module_path, nodes[start : start + period])).split("."))
-        rank = (live, -prefix, -count, start)
+        rank = (start + period not in borders, live, -prefix, -count, start)
         if best is None or rank < best[0]:
             best = (rank, Stretch(start, period, count))
     return best[1] if best else None
+
+
+def _borders(nodes: Sequence[fx.Node]) -> set[int]:
+    """Return the positions behind residual blocks."""
+    from .recognize import Block
+
+    order = {node: index for index, node in enumerate(nodes)}
+    return {
+        1 + max(order.get(n.stream_out, -1) for n in block.streams if n.stream_out is not None)
+        for block in find_once(nodes[0].graph, Block)
+    }
 
 
 def intern(items: Sequence[object]) -> list[int]:

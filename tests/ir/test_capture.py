@@ -320,3 +320,99 @@ def test_copies_stay_copies() -> None:
     y.add_(1), weight.zero_()
     assert x.sum() == 0
     assert model.linear.weight.abs().sum() > 0
+
+
+DECODER = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 24, "head_dim": 4,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_numbered_decoder_layers_are_one_class_at_every_size() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER)).eval()
+    batch, seq = Dim("batch", min=1, max=8), Dim("seq", min=2, max=32)
+    ids = torch.randint(0, 40, (2, 8))
+    program = capture(model, {"input_ids": ids}, dynamic_shapes={"input_ids": {0: batch, 1: seq}})
+    verify(program)
+    assert [i.block for i in program.instances.values()] == ["block0"] * 8
+    assert list(program.instances) == [f"model.layers.{i}" for i in range(8)]
+    for size in ((1, 5), (3, 8)):
+        ids = torch.randint(0, 40, size)
+        with torch.no_grad():
+            torch.testing.assert_close(call(program, input_ids=ids).logits, model(ids).logits)
+
+
+def test_sliding_and_full_attention_are_classes_of_their_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = DECODER | {"num_hidden_layers": 12, "sliding_window": 4, "query_pre_attn_scalar": 4}
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes)).eval()
+    ids = torch.randint(0, 40, (2, 8))
+    program = capture(model, {"input_ids": ids})
+    verify(program)
+    assert [i.block for i in program.instances.values()] == ["block0", "block1"] * 6
+    with torch.no_grad():
+        torch.testing.assert_close(call(program, input_ids=ids).logits, model(ids).logits)
+
+
+@pytest.mark.slow
+def test_an_encoder_and_its_decoder_drop_their_cache() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=7, num_heads=4
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    inputs = {
+        "input_ids": torch.randint(0, 40, (2, 8)),
+        "decoder_input_ids": torch.ones(2, 5).long(),
+    }
+    program = capture(model, inputs)
+    verify(program)
+    assert model.config.use_cache
+    assert model.decoder.config.use_cache
+    assert any("past_key_values" in note for note in program.notes)
+    assert len(program.instances) == 12
+    with torch.no_grad():
+        expected = model(**inputs)
+    torch.testing.assert_close(call(program, **inputs).logits, expected.logits)
+
+
+def test_two_towers_are_two_classes() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 40, "max_position_embeddings": 16, "intermediate_size": 24,
+                    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    vision = sizes | {"image_size": 8, "patch_size": 4, "intermediate_size": 20}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config).eval()
+    inputs = {"input_ids": torch.randint(3, 40, (2, 8)), "pixel_values": torch.randn(2, 3, 8, 8)}
+    program = capture(model, inputs)
+    verify(program)
+    assert len(program.instances) == 12
+    assert set(program.graphs) == {"main", "block0", "block1"}
+    with torch.no_grad():
+        expected = model(**inputs)
+    torch.testing.assert_close(call(program, **inputs).logits_per_image, expected.logits_per_image)
+
+
+def test_a_failing_capture_leaves_the_model_as_it_was() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).train()
+    model.model.norm.weight.requires_grad_(False)
+    before = [(m, dict(vars(m)), len(m._forward_hooks), m.training) for m in model.modules()]
+    grads = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(CaptureError, match="does not export"):
+        capture(model, {"input_ids": torch.randn(2, 8)})  # no token numbers
+    assert model.config.use_cache
+    assert [p.requires_grad for p in model.parameters()] == grads
+    for module, attributes, hooks, training in before:
+        assert vars(module).keys() == attributes.keys()
+        for name, value in attributes.items():
+            now = vars(module)[name]
+            assert now is value or (type(value) is dict and now == value)  # torch copies dicts
+        assert (len(module._forward_hooks), module.training) == (hooks, training)

@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockwright.ir import stamp
+from blockwright.ir import capture as capture_module
+from blockwright.ir import repeats, stamp
 from blockwright.ir.capture import capture
+from blockwright.ir.press import Press
 from blockwright.ir.program import Program
 from blockwright.ir.run import run
 from blockwright.ir.verify import verify
-from blockwright.models.gpt import GPT, GPTConfig
+from blockwright.models.gpt import GPT, GPT2_XL, GPTConfig
 
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stamp, "FEWEST", 3)
+    monkeypatch.setattr(repeats, "FEWEST", 3)
 
 
 def both(
@@ -28,7 +30,7 @@ def both(
     """Capture block by block and flat; check that both compute what the model does."""
     stamped = capture(model.eval(), inputs, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(stamp, "FEWEST", 10**9)
+        patch.setattr(repeats, "FEWEST", 10**9)
         flat = capture(model, inputs, **options)
     for program in (stamped, flat):
         verify(program)
@@ -70,10 +72,10 @@ def test_the_model_is_as_before(gpt: GPT, tokens: Tensor) -> None:
 
 def test_a_failing_capture_restores_the_model(gpt: GPT, tokens: Tensor) -> None:
     names = [name for name, _ in gpt.named_parameters()]
-    press = stamp.Press(stamp.find_repeats(gpt))
+    press = Press(repeats.find_repeats(gpt))
 
     def interrupted() -> None:
-        with press.open():
+        with press.open(gpt):
             assert len(dict(gpt.named_parameters())) < len(names)
             raise KeyboardInterrupt
 
@@ -114,20 +116,142 @@ class Stack(nn.Module):
 
 
 class Numbered(Layer):
-    """Equal weights, another constant."""
+    """Knows its place among the blocks, as Hugging Face decoders do."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, uses: str = "nothing") -> None:
         super().__init__()
-        self._number = number
+        self._number, self.uses = number, uses
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return super().forward(x) * self._number
+        y = super().forward(x)
+        passed_on = (self._number, x) if isinstance(self._number, int) else None
+        assert passed_on is not None
+        if self.uses == "arithmetic":
+            return y * (self._number + 1)
+        if self.uses == "an index":
+            return y * [1, 2, 3, 4][self._number]
+        if self.uses == "a comparison":
+            return y if self._number else -y
+        if self.uses == "a key":
+            return y * {0: 1, 1: 2, 2: 3, 3: 4}[self._number]
+        return y * self._number if self.uses == "a tensor" else y
 
 
-def test_a_private_attribute_makes_blocks_different(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_may_be_numbered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
     model = Stack(*(Numbered(i) for i in range(4)))
-    assert stamp.find_repeats(model) == []
-    both(model, (torch.randn(2, 4),), monkeypatch)
+    stamped, _ = both(model, (torch.randn(2, 4),), monkeypatch)
+    assert was_stamped(caplog)
+    assert len(stamped.instances) == 4
+    assert [layer._number for layer in model.layers] == [0, 1, 2, 3]
+    assert all(type(layer._number) is int for layer in model.layers)
+
+
+@pytest.mark.parametrize("use", ["arithmetic", "an index", "a comparison", "a key", "a tensor"])
+def test_a_number_that_is_used_makes_blocks_different(
+    use: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    model, x = Stack(*(Numbered(i, use) for i in range(4))), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x)
+    stamped, _ = both(model, (x,), monkeypatch)
+    assert not was_stamped(caplog)
+    assert torch.equal(run(stamped, [x])[0], expected)
+
+
+def test_integers_with_few_values_split_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stack(*(Numbered(i // 3, "arithmetic") for i in range(6)))
+    stamped, _ = both(model, (torch.randn(2, 4),), monkeypatch)
+    assert [i.block for i in stamped.instances.values()] == ["block0"] * 3 + ["block1"] * 3
+
+
+class Config:
+    def __init__(self) -> None:
+        self.scale, self.names = 2.0, {"norm": ["a", "b"]}
+
+
+class Configured(Layer):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * self.config.scale
+
+
+def test_blocks_may_share_a_config(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    config = Config()
+    both(Stack(*(Configured(config) for _ in range(4))), (torch.randn(2, 4),), monkeypatch)
+    assert was_stamped(caplog)
+
+
+class Alternating(Stack):
+    """Two kinds in turn, a residual around each, and every hidden state returned."""
+
+    def forward(self, x: Tensor) -> Any:
+        states = []
+        for layer in self.layers:
+            y = layer(x)
+            states.append(y)
+            x = y if len(states) % 3 else x + y
+        return states
+
+
+def test_kinds_in_turn_and_every_state_returned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    layers = [Configured(Config()) if i % 2 else Layer() for i in range(8)]
+    stamped, _ = both(Alternating(*layers), (torch.randn(2, 4),), monkeypatch)
+    assert was_stamped(caplog)
+    assert len(stamped.instances) == 8
+
+
+class InPlace(Stack):
+    def forward(self, x: Tensor) -> Any:
+        x = x + 0
+        total = torch.zeros_like(x)
+        for layer in self.layers:
+            y = layer(x)
+            x.mul_(2)  # after the block has read it
+            total = total + y
+        return total
+
+
+def test_writes_between_blocks_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = InPlace(*(Layer() for _ in range(4))), torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x)
+    stamped, _ = both(model, (x,), monkeypatch)
+    torch.testing.assert_close(run(stamped, [x])[0], expected)
+
+
+class Meddling(Stack):
+    """Sets an attribute right before each call, and back again."""
+
+    def forward(self, x: Tensor) -> Any:
+        for index, layer in enumerate(self.layers):
+            layer.uses, layer._number = "arithmetic", index
+            x = layer(x)
+            layer.uses, layer._number = "nothing", 0
+        return x
+
+
+def test_attributes_set_from_outside_are_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    model, x = Meddling(*(Numbered(0) for _ in range(4))), torch.randn(2, 4)
+    stamped, _ = both(model, (x,), monkeypatch)
+    assert any("changed by something outside" in record.message for record in caplog.records)
+    with torch.no_grad():
+        assert torch.equal(run(stamped, [x])[0], model(x))
 
 
 class Writes(Layer):
@@ -296,12 +420,25 @@ def test_what_blocks_share_in_python_is_not_lost(
     assert {name: id(t) for name, t in model.state_dict(keep_vars=True).items()} == tensors
 
 
+class Side(Stack):
+    def forward(self, x: Tensor) -> Any:
+        return torch.stack([layer(x) for layer in self.layers])
+
+
+def test_inputs_may_be_handed_through(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "blockwright.capture")
+    both(ReturnsStack(*(Returns() for _ in range(4))), (torch.randn(2, 4),), monkeypatch)
+    assert was_stamped(caplog)
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (lambda: Twice(*(Layer() for _ in range(4))), "is called twice"),
         (lambda: Scales(*(Layer() for _ in range(4))), "other arguments than the first"),
-        (lambda: ReturnsStack(*(Returns() for _ in range(4))), "returns one of its inputs"),
+        (lambda: Side(*(Layer() for _ in range(4))), "no block of a stack"),
     ],
 )
 def test_what_does_not_fit_is_captured_flat(
@@ -382,3 +519,30 @@ def test_a_block_unlike_its_kind_is_found(caplog: pytest.LogCaptureFixture) -> N
     program = capture(Stack(*(Liar() for _ in range(4))), (torch.randn(2, 4),), fold=True)
     assert any("computes something else" in record.message for record in caplog.records)
     assert sum("relu" in str(node.target) for node in program.module().graph.nodes) == 4
+
+
+@pytest.mark.parametrize("blocks", [3, 40])
+def test_a_stack_is_two_marks_and_one_for_all_others(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Stack(*(Layer() for _ in range(blocks)))
+    roles: list[str] = []
+
+    def kept(program: Program, press: Press, *rest: Any) -> Program:
+        roles.extend(entry.role for entry in press.marks)
+        return stamp.stamp(program, press, *rest)
+
+    monkeypatch.setattr(capture_module, "stamp", kept)
+    program = capture(model.eval(), (torch.randn(2, 4),))
+    assert roles == ["enter", "leave", "calls"]
+    assert len(program.instances) == blocks
+
+
+def test_a_preset_is_captured_without_memory() -> None:
+    with torch.device("meta"):
+        model = GPT(GPT2_XL).eval()
+        tokens = torch.zeros(1, 16, dtype=torch.int64)
+    program = capture(model, (tokens,))
+    assert len(program.instances) == 48
+    assert program.cost().parameters == sum(p.numel() for p in model.parameters())
+    assert all(tensor.is_meta for tensor in program.tensors.values())
