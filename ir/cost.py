@@ -120,12 +120,12 @@ def _tally(graph: fx.Graph, size: Callable[[Size], int]) -> _Tally:
     for node in graph.nodes:
         if node.op != "call_function" or is_view(node):
             continue
-        shapes = [_shape(source, size) for source in _tensors(node)]
+        shapes = [_shape(source, size) for source in tensor_arguments(node)]
         output = _shape(node, size)
         counts = node_flops(node, shapes, output)
         tally.kinds.update(counts)
         tally.flops[local_path(node)] += sum(counts.values())
-        tally.bytes_moved += sum(_bytes(n, size) for n in (node, *_tensors(node)))
+        tally.bytes_moved += sum(_bytes(n, size) for n in (node, *tensor_arguments(node)))
         structural = OPS.get(str(node.target))
         if structural is not None:
             tally.coded[local_path(node)] += structural.weights(shapes, output)
@@ -175,7 +175,7 @@ def _product_kind(node: fx.Node) -> str:
     return "linear" if any(n.op == "get_attr" for n in node.all_input_nodes) else "attention"
 
 
-def _tensors(node: fx.Node) -> list[fx.Node]:
+def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     """Return tensor arguments in order; one that is given twice stands twice."""
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), found.append)

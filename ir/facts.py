@@ -83,17 +83,13 @@ def _all_packed(program: Program) -> tuple[str, str] | None:
 
 
 def _spelled_out(program: Program) -> tuple[str, str] | None:
-    from .recognize.spelled import (
-        RepeatedHeads,
-        SpelledActivation,
-        SpelledAttention,
-        TransposedLinear,
-    )
+    from .recognize.repeated import RepeatedHeads
+    from .recognize.spelled import SpelledActivation, SpelledAttention, TransposedLinear
 
     for kind in (SpelledActivation, SpelledAttention, RepeatedHeads, TransposedLinear):
         for region in program.regions(kind):
-            if isinstance(region, SpelledAttention) and region.gap:
-                continue  # there is no one op for it
+            if isinstance(region, SpelledAttention | TransposedLinear) and region.gap:
+                continue  # there is no one op for it, or none for it alone
             return f"a {kind.kind} takes {len(region.nodes)} ops", region.label
     return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
+import unicodedata
 from typing import Any
 
 from torch import fx, nn
@@ -34,12 +36,18 @@ def flatten(program: Program) -> Program:
 
 
 def to_module(program: Program) -> fx.GraphModule:
-    """Return the flat program as a GraphModule whose parameters keep their names."""
+    """Return the flat program as a GraphModule whose parameters keep their names.
+
+    Names that Python would read as others, such as `class` and letters it takes for equal, are told
+    apart by a `#` at the end.
+    """
     flat = flatten(program)
+    graph = copy_graph(flat.main)
     root = nn.Module()
-    for name in sorted({str(n.target) for n in flat.main.nodes if n.op == "get_attr"}):
+    reads = [node for node in graph.nodes if node.op == "get_attr"]
+    for name in sorted({str(node.target) for node in reads}):
         tensor = flat.tensors[name]
-        *path, leaf = name.split(".")
+        *path, leaf = _readable(name).split(".")
         owner = root
         for part in path:
             if part not in owner._modules:
@@ -49,7 +57,20 @@ def to_module(program: Program) -> fx.GraphModule:
             owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         else:
             owner.register_buffer(leaf, tensor)
-    return fx.GraphModule(root, copy_graph(flat.main), class_name="Program")
+    for node in reads:
+        node.target = _readable(str(node.target))
+    return fx.GraphModule(root, graph, class_name="Program")
+
+
+def _readable(name: str) -> str:
+    """Return a path that code can be generated from; other paths give other results."""
+    parts = name.split(".")
+    return ".".join(f"{part}#" if _is_odd(part) else part for part in parts)
+
+
+def _is_odd(part: str) -> bool:
+    read_as_another = unicodedata.normalize("NFKC", part) != part
+    return keyword.iskeyword(part) or read_as_another or part.endswith("#")
 
 
 def _inline(

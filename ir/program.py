@@ -25,7 +25,18 @@ from .signature import Signature
 
 if TYPE_CHECKING:
     from .cost import Cost
-    from .recognize import Attention, Block, Explanation, FeedForward, Norm
+    from .recognize import (
+        Attention,
+        Block,
+        Embedding,
+        Explanation,
+        FeedForward,
+        Head,
+        Modulation,
+        Norm,
+        Stack,
+        Stem,
+    )
     from .regions import R, Region
 
 MAIN = "main"
@@ -194,6 +205,36 @@ class Program:
         from .recognize import Block
 
         return self.regions(Block)
+
+    def modulations(self) -> list[Modulation]:
+        """Return what conditions do to blocks, in execution order."""
+        from .recognize import Modulation
+
+        return self.regions(Modulation)
+
+    def stacks(self) -> list[Stack]:
+        """Return the runs of blocks, in execution order."""
+        from .recognize.stack import stacks_of
+
+        return stacks_of(self)
+
+    def embeddings(self) -> list[Embedding]:
+        """Return the embedding tables, in execution order."""
+        from .recognize import Embedding
+
+        return self.regions(Embedding)
+
+    def stems(self) -> list[Stem]:
+        """Return what makes the streams of the inputs: tables, patches, layers and positions."""
+        from .recognize.embedding import stems_of
+
+        return stems_of(self)
+
+    def heads(self) -> list[Head]:
+        """Return what makes the results of the last streams."""
+        from .recognize.head import heads_of
+
+        return heads_of(self)
 
     def explain(self) -> Explanation:
         """Say which region owns every parameter and FLOP, and what nearly is a region."""

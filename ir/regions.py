@@ -6,7 +6,6 @@ instance: `region.weight` is that instance's tensor. Finders work on dataflow al
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, fx
 
-from .graphs import module_path, remembered
+from .graphs import block_calls, module_path, positions, remembered
 from .program import MAIN, Program
 
 
@@ -75,12 +74,11 @@ class Region:
 
     def bind(self, program: Program, graph: str, instance: str | None) -> Self:
         """Return the same region looked at through an instance."""
-        bound = copy.copy(self)
-        bound.__dict__.update(program=program, graph=graph, instance=instance)
-        return bound
+        return changed(self, program=program, graph=graph, instance=instance)
 
 
 R = TypeVar("R", bound=Region)
+T = TypeVar("T")
 
 
 def regions(program: Program, *kinds: type[R]) -> Iterator[R]:
@@ -89,22 +87,29 @@ def regions(program: Program, *kinds: type[R]) -> Iterator[R]:
         key: _distinct([region for kind in kinds for region in find_once(graph, kind)])
         for key, graph in program.graphs.items()
     }
-    in_main: dict[fx.Node, list[R]] = {}
-    for region in per_class[MAIN]:
-        in_main.setdefault(region.nodes[0], []).append(region)
-    for node in program.main.nodes:
-        for region in in_main.get(node, ()):
-            yield region.bind(program, MAIN, None)
-        if node.op == "call_module":
-            name = str(node.target)
-            block = program.instances[name].block
-            for region in per_class[block]:
-                yield region.bind(program, block, name)
+    place, calls = positions(program.main), block_calls(program.main)
+    found: list[tuple[int, str, str | None, list[R]]] = [
+        (place[region.nodes[0]], MAIN, None, [region]) for region in per_class[MAIN]
+    ]
+    for name, node in calls.items():
+        block = program.instances[name].block
+        found.append((place[node], block, name, per_class[block]))
+    for _, graph, instance, inside in sorted(found, key=lambda at: at[0]):
+        for region in inside:
+            yield region.bind(program, graph, instance)
+
+
+def changed(part: T, **changes: object) -> T:
+    """Return a copy of a frozen dataclass in which fields differ; a quick `dataclasses.replace`."""
+    copy = object.__new__(type(part))
+    copy.__dict__.update(part.__dict__, **changes)
+    return copy
 
 
 def local_path(node: fx.Node) -> str:
     """Return a node's module path below its block, or below the root in the main graph."""
-    return str(node.meta.get("local_path", module_path(node)))
+    path = node.meta.get("local_path")
+    return module_path(node) if path is None else str(path)
 
 
 def unique_paths(paths: list[str]) -> list[str]:
@@ -124,8 +129,7 @@ def _distinct(found: list[R]) -> list[R]:
     paths = unique_paths(named)
     for index, path in enumerate(paths):
         if path != found[index].path:
-            found[index] = copy.copy(found[index])
-            found[index].__dict__["path"] = path
+            found[index] = changed(found[index], path=path)
     return found
 
 

@@ -146,6 +146,8 @@ def _filled(
 def _refuse_overlap(regions: Sequence[Region], by: str) -> None:
     seen: dict[fx.Node, Region] = {}
     for region in regions:
+        if not region.inputs:  # constants may share the way to them, which is dead afterwards
+            continue
         for node in region.nodes:
             if node in seen:
                 raise VerifyError(
@@ -181,6 +183,8 @@ def trace(module: nn.Module, inputs: Sequence[Any], mode: Any) -> Traced:
 
     # Old and new program share symbols: a trace that asks for a size may not settle it for both.
     with torch.no_grad(), mode, mode.shape_env.suppress_guards():
+        # Tracing tells values apart by identity, and two nodes may record one and the same.
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
         traced = make_fx(call, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
             *fakes, *inputs
         )

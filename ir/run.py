@@ -82,6 +82,7 @@ class _Runner:
         self.program, self.dtype = program, dtype
         self.on_block, self.on_node = on_block, on_node
         self.instead = {(r.instance, node): (r, call) for r, call in instead for node in r.nodes}
+        self.awaited = {node for region, _ in instead for node in region.inputs}
         self.last_use: dict[str, dict[fx.Node, list[fx.Node]]] = {}
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
@@ -102,7 +103,8 @@ class _Runner:
             if self.on_node is not None and node in env:
                 self.on_node(instance, node, env[node])
             for dead in frees.get(node, ()):
-                env.pop(dead, None)
+                if dead not in self.awaited:
+                    env.pop(dead, None)
         return [env[node] for node in output_nodes(graph)]
 
     def node(

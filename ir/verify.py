@@ -6,6 +6,7 @@ graphs are looked at, and what an op does to shapes is derived once per op and a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import VerifyError
 from .graphs import output_nodes, place_of, remembered
@@ -89,7 +91,7 @@ def check_shapes(graph: fx.Graph, key: str, by: str) -> None:
         if node.op != "call_function":
             continue
         try:
-            values[node] = _derive(node, values)
+            values[node] = derive(node, values, fake_mode(graph))
         except Exception as error:
             raise _error(by, f"{node.name} cannot run: {error}", key, node) from error
         if describe(values[node]) != describe(recorded):
@@ -102,17 +104,22 @@ def check_shapes(graph: fx.Graph, key: str, by: str) -> None:
             )
 
 
-def _derive(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Run a node on fake values; remember the answer by op and arguments."""
+def derive(node: fx.Node, values: Mapping[fx.Node, Any], mode: FakeTensorMode) -> Any:
+    """Run a node on fake values of a mode; remember the answer by op and arguments."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    mode = fake_mode(node.graph)
     derived: dict[Any, Any] = mode.__dict__.setdefault("_derived", {})
     key = (node.target, _layout(args), _layout(kwargs))
     if key not in derived:
         assert callable(node.target)
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), _unsettled(mode):
             derived[key] = node.target(*args, **kwargs)
     return derived[key]
+
+
+def _unsettled(mode: FakeTensorMode) -> contextlib.AbstractContextManager[None]:
+    """Ask about sizes without settling them: a check may not narrow what a program accepts."""
+    env = mode.shape_env
+    return contextlib.nullcontext() if env is None else env.suppress_guards()
 
 
 def _layout(value: Any) -> Any:

@@ -120,8 +120,8 @@ class Pass(ABC, Generic[R, D]):
 
     Class attributes: `name` as in recipes; `promise`; `requires`, the facts of the graph the method
     needs; `verbs`, what it does with the thing a fact is about, where it can say so better than the
-    fact: `{Fact.DENSE_WEIGHTS: "must split"}`; `examples`, options under which the method differs in
-    what it makes of the graph, one mapping each: how it goes with other passes is found out by them.
+    fact: `{Fact.DENSE_WEIGHTS: "must split"}`; `examples`, options under which the method makes
+    something else of the graph, one mapping each, by which its composition with others is tested.
 
     Attributes:
         allow_no_match: Accept that nothing in the model matches; by default that is an error.

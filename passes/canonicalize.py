@@ -1,39 +1,55 @@
 """Give each idea one spelling.
 
-    x * rsqrt(mean(x ** 2) + eps) * weight       ->  rms_norm(x, weight, eps)
+    x * rsqrt(mean(x ** 2) + eps) * weight       ->  rms_norm(x, weight, eps), or layer_norm
     0.5 * x * (1 + tanh(...)), x * sigmoid(x)    ->  gelu(x), silu(x)
     softmax(q @ k.T * scale + mask) @ v          ->  scaled_dot_product_attention(q, k, v, mask)
     attention(q, repeat(k), repeat(v))           ->  attention(q, k, v, enable_gqa=True)
-    addmm(bias, x, weight)                       ->  linear(x, weight.T, bias)
+    addmm(bias, x, weight), x @ weight           ->  linear(x, weight.T, bias)
+    linear(cat([attended, hidden]), weight)      ->  linear(attended, ...) + linear(hidden, ...)
+    qkv.chunk(3, -1), qkv.view(..).unbind(2)     ->  qkv.split([dim, dim, dim], -1)
+    x[..., [-1], :]                              ->  x[..., -1:, :]
 
 Passes and backends then need to know one form, and get the fused kernel for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ir.facts import Fact
 from ..ir.recognize import Norm
+from ..ir.recognize.core import Core
+from ..ir.recognize.parted import PartedLayer
+from ..ir.recognize.picked import PickedPosition
+from ..ir.recognize.repeated import RepeatedHeads
 from ..ir.recognize.spelled import (
-    RepeatedHeads,
+    SharedOutput,
     SpelledActivation,
     SpelledAttention,
     TransposedLinear,
-    weights_of,
 )
 from .base import Pass, Promise, Skip, selected
 
-Spelled = Norm | SpelledActivation | SpelledAttention | RepeatedHeads | TransposedLinear
+Spelled = (
+    Norm
+    | SpelledActivation
+    | SpelledAttention
+    | RepeatedHeads
+    | TransposedLinear
+    | SharedOutput
+    | PartedLayer
+    | PickedPosition
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canonicalize(
-    Pass[Norm | SpelledActivation | SpelledAttention | RepeatedHeads | TransposedLinear, str]
-):
+class Canonicalize(Pass[Spelled, str]):
     """Replace what is spelled out in several ops by the one op that means it.
 
     Attributes:
@@ -51,6 +67,10 @@ class Canonicalize(
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
 
+    def establishes(self) -> frozenset[Fact]:
+        everywhere = self.include == ("*",) and not self.exclude
+        return frozenset({Fact.CANONICAL}) if everywhere else frozenset()
+
     def decide(self, region: Spelled) -> str | Skip:
         if not selected(region.label, self.include, self.exclude):
             return Skip("is excluded by pattern", at=region)
@@ -59,27 +79,42 @@ class Canonicalize(
                 return Skip("is one op already", at=region)
             if any("to." in str(node.target) for node in region.nodes) or _mixes_types(region):
                 return Skip("computes in another type than it reads", at=region)
-            return "rms_norm"
+            return region.form
+        if isinstance(region, SpelledAttention | TransposedLinear | SharedOutput) and region.gap:
+            return Skip(region.gap, at=region)
         if isinstance(region, TransposedLinear):
             return "linear"
+        if isinstance(region, SharedOutput):
+            return "linears"
+        if isinstance(region, PartedLayer):
+            return "split"
+        if isinstance(region, PickedPosition):
+            return f"slice at {region.position}"
         return region.form if isinstance(region, SpelledActivation) else "attention"
 
     def replace(self, region: Spelled, decision: str) -> nn.Module:
         if isinstance(region, Norm):
+            if region.form == "layer_norm":
+                return LayerNorm(region.weight, region.bias, region.size, region.eps)
             return RMSNorm(region.weight, region.size, region.eps)
         if isinstance(region, TransposedLinear):
-            weight, bias = weights_of(region)
-            return Linear(weight.t().contiguous(), bias)
+            return Linear(region.weight, region.bias)
+        if isinstance(region, SharedOutput):
+            return Linears(region.layer.weight, region.layer.bias, region.widths)
+        if isinstance(region, PartedLayer):
+            return Split(region.widths, region.inner, region.picks)
+        if isinstance(region, PickedPosition):
+            return Slice(region.axis, region.position)
         if isinstance(region, SpelledActivation):
             return Activation(region.form)
         if isinstance(region, SpelledAttention):
-            return Attention({"scale": region.scale})
+            return MaskedAttention(region.core)
         return Attention(dict(region.options) | {"enable_gqa": True})
 
 
 def _mixes_types(norm: Norm) -> bool:
     read = norm.inputs[0].meta["val"].dtype
-    return norm.weight is not None and norm.weight.dtype != read
+    return any(w is not None and w.dtype != read for w in (norm.weight, norm.bias))
 
 
 class RMSNorm(nn.Module):
@@ -94,26 +129,84 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, [self.size], self.weight, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalization in one op."""
+
+    def __init__(
+        self, weight: Tensor | None, bias: Tensor | None, size: int, eps: float | None
+    ) -> None:
+        super().__init__()
+        self.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.size, self.eps = size, eps or 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, [self.size], self.weight, self.bias, self.eps)
+
+
 class Linear(nn.Module):
     """A linear layer with its weight the usual way round."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
+class Linears(nn.Module):
+    """The sum of one linear layer per input, cut from a layer that reads them side by side."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, widths: Sequence[int]) -> None:
+        super().__init__()
+        first, *others = weight.split(list(widths), dim=1)
+        self.first = Linear(first.contiguous(), bias)
+        self.others = nn.ModuleList(Linear(other.contiguous(), None) for other in others)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        for layer, other in zip(self.others, others, strict=True):
+            y = y + layer(other)
+        return y
+
+
+class Split(nn.Module):
+    """Parts of the last axis, each laid out as heads or left as it is."""
+
+    def __init__(self, widths: Sequence[int], inner: Sequence[int], picks: Sequence[int]) -> None:
+        super().__init__()
+        self.widths, self.inner, self.picks = list(widths), list(inner), list(picks)
+
+    def forward(self, y: Tensor) -> tuple[Tensor, ...]:
+        parts = y.split(self.widths, dim=-1)
+        found = [parts[index] for index in self.picks]
+        return tuple(x.unflatten(-1, self.inner) if self.inner else x for x in found)
+
+
+class Slice(nn.Module):
+    """One position of an axis, which keeps its place."""
+
+    def __init__(self, axis: int, position: int) -> None:
+        super().__init__()
+        stop = position + 1 or None  # -1 is the last position
+        self.places = (*(slice(None),) * axis, slice(position, stop))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[self.places]
+
+
 class Activation(nn.Module):
-    """An activation in one op."""
+    """An activation in one op, or in the shortest spelling where there is none."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
         self.form = form
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.form == "quick_gelu":
+            return x * torch.sigmoid(x * 1.702)
         if self.form == "silu":
             return F.silu(x)
         return F.gelu(x, approximate="tanh" if self.form == "gelu_tanh" else "none")
@@ -128,3 +221,37 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, **dict(self.options))
+
+
+class MaskedAttention(nn.Module):
+    """Attention in one op, its masks put into the one form the op takes."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__()
+        axes = [list(order) for order in core.orders] if core.orders else []
+        self.axes = axes[:3]
+        self.result = sorted(range(len(axes[3])), key=axes[3].__getitem__) if axes else []
+        self.forms = [(term.form, term.value) for term in core.terms]
+        self.scale = core.scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *masks: Tensor) -> Tensor:
+        if self.axes:
+            q, k, v = (x.permute(order) for x, order in zip((q, k, v), self.axes, strict=True))
+        mask = self.mask(q.dtype, masks)
+        shared = {"enable_gqa": True} if k.dim() == 4 and k.shape[1] != q.shape[1] else {}
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale, **shared)
+        return y.permute(self.result) if self.result else y
+
+    def mask(self, dtype: torch.dtype, masks: Sequence[Tensor]) -> Tensor | None:
+        """Return what is added to the scores, or which scores stay."""
+        if not masks:
+            return None
+        if len(masks) == 1 and self.forms[0][0] != "add":
+            return masks[0] if self.forms[0][0] == "keep" else ~masks[0]
+        added = []
+        for mask, (form, value) in zip(masks, self.forms, strict=True):
+            if form != "add":
+                dropped = ~mask if form == "keep" else mask
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(dropped, value)
+            added.append(mask)
+        return sum(added[1:], added[0])

@@ -15,7 +15,7 @@ _SINGLE = {
     "silu", "relu", "sigmoid", "tanh", "elu", "selu", "celu", "leaky_relu", "softplus", "mish",
     "relu6", "hardswish", "hardsigmoid", "hardtanh",
 }  # fmt: skip
-_LARGEST = 9  # nodes of the longest spelling
+_LARGEST = 10  # nodes of the longest spelling
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def activation_of(result: fx.Node) -> Activation | None:
             tanh = "tanh" in (*result.args[1:], result.kwargs.get("approximate"))
             kind = "gelu_tanh" if tanh else "gelu"
             return Activation(kind, source, result, frozenset({result}))
-    if name not in ("mul", "pow", "square"):
+    if name not in ("mul", "div", "pow", "square"):
         return None
     for kind, spell in _SPELLINGS.items():
         x = _leaf(result)
@@ -90,14 +90,24 @@ def _spelled(*formulas: Any) -> Callable[[_Match, fx.Node], bool]:
 
 _CUBE = ("add", X, ("mul", ("pow", X, 3.0), 0.044715))
 _TANH = ("add", ("tanh", ("mul", _CUBE, math.sqrt(2 / math.pi))), 1.0)
+_SQUARED = ("add", ("mul", ("mul", X, 0.044715), X), 1.0)
+_FACTORED = ("add", ("tanh", ("mul", ("mul", X, math.sqrt(2 / math.pi)), _SQUARED)), 1.0)
 _ERF = (
     ("add", ("erf", ("div", X, math.sqrt(2))), 1.0),
     ("add", ("erf", ("mul", X, math.sqrt(0.5))), 1.0),
 )
 _SPELLINGS = {
     "silu": _spelled(("mul", X, ("sigmoid", X))),
-    "quick_gelu": _spelled(("mul", X, ("sigmoid", ("mul", X, 1.702)))),
-    "gelu_tanh": _spelled(("mul", ("mul", X, 0.5), _TANH), ("mul", 0.5, ("mul", X, _TANH))),
+    "quick_gelu": _spelled(
+        ("mul", X, ("sigmoid", ("mul", X, 1.702))),
+        ("div", ("silu", ("mul", X, 1.702)), 1.702),
+        ("mul", ("silu", ("mul", X, 1.702)), 1 / 1.702),
+    ),
+    "gelu_tanh": _spelled(
+        ("mul", ("mul", X, 0.5), _TANH),
+        ("mul", 0.5, ("mul", X, _TANH)),
+        ("mul", ("mul", X, 0.5), _FACTORED),
+    ),
     "gelu": _spelled(
         *(("mul", ("mul", X, 0.5), erf) for erf in _ERF),
         *(("mul", ("mul", X, erf), 0.5) for erf in _ERF),
@@ -110,7 +120,7 @@ _SPELLINGS = {
 
 def _leaf(result: fx.Node) -> fx.Node | None:
     """Return the one value that the formula ending in `result` is about."""
-    inner = {"mul", "add", "div", "pow", "square", "tanh", "erf", "sigmoid", "relu"}
+    inner = {"mul", "add", "div", "pow", "square", "tanh", "erf", "sigmoid", "relu", "silu"}
     seen, pending = {result}, [result]
     leaves: dict[fx.Node, None] = {}
     while pending and len(seen) <= _LARGEST:

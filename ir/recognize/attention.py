@@ -6,223 +6,289 @@ q = x_q @ Wq.T    k = x_k @ Wk.T    v = x_v @ Wv.T    y = softmax(scale * q @ k.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 from torch import fx
 
 from ..program import Program
 from ..regions import Region, unique_paths
-from .calls import LAYOUT, is_layer, joint_path, op, peel, readers, shape
+from .calls import arguments, joint_path, op, shape
+from .core import Core, Term, cores_of
+from .features import sizes
 from .flow import Flow, NotRecognized, flow_of
 from .layer import Layer
+from .mask import Mask, mask_of
 from .norm import Norm
+from .rotary import Rotary
+from .streams import ROLES, Side, Stream, exits_of, sides_of, stream_of
+
+__all__ = ["Attention", "Stream"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attention(Region):
-    """Multi-head attention around one `scaled_dot_product_attention`.
+    """Multi-head attention.
 
-    A constant that the graph does not settle is None.
+    A constant that the graph does not settle is None. A region has one output per stream: its
+    `result`, the result of the output projection.
 
     Attributes:
-        core: The `scaled_dot_product_attention` node.
-        x_q: What queries are made of: the projection's input, or the value itself without one.
+        core: The node that computes the attended values: `scaled_dot_product_attention`, or the
+            second product of an attention that is spelled out.
+        streams: The sequences that attend, in the order they are joined: one in ordinary attention,
+            self or cross; several in joint attention.
+        x_q: What queries are made of: the projection's input, or the value itself without one; the
+            joined queries of several streams.
         x_k: What keys are made of.
         x_v: What values are made of.
-        query: Projection of the queries; None without one. It may be a share of a fused layer.
-        key: Projection of the keys.
-        value: Projection of the values.
-        output: Projection of the joined heads; None without one.
         heads: Query heads.
         kv_heads: Key and value heads.
         head_dim: Width of a query and a key head.
+        value_dim: Width of a value head.
         scale: Number each score is multiplied by, scalar factors on queries and keys included.
-        mask: `none`, `causal`, or `input`: the value `mask_node`, whatever it masks.
-        mask_node: The mask, or None.
+        softcap: c, where scores are replaced by c * tanh(scores / c); else None.
+        masks: What is added to the scores or chooses among them.
+        is_causal: Whether a flag of the op makes it causal.
         source: `self` when queries, keys and values are made of one value, `cross` when keys and
-            values share another, `mixed` for anything else.
-        query_norm: Norm of the queries, or None.
-        key_norm: Norm of the keys, or None.
-        rotary: Whether parts of queries and keys are multiplied and added with values that do not
-            come from x, as rotary position embeddings do.
+            values share another, `joint` for several streams, `mixed` for anything else.
+        rotary: How queries and keys are rotated by their positions.
     """
 
     core: fx.Node
+    streams: tuple[Stream, ...]
     x_q: fx.Node
     x_k: fx.Node
     x_v: fx.Node
-    query: Layer | None
-    key: Layer | None
-    value: Layer | None
-    output: Layer | None
     heads: int | None
     kv_heads: int | None
     head_dim: int | None
+    value_dim: int | None
     scale: float | None
-    mask: str
-    mask_node: fx.Node | None
+    softcap: float | None
+    masks: tuple[Term, ...]
+    is_causal: bool
     source: str
-    query_norm: Norm | None
-    key_norm: Norm | None
-    rotary: bool | None
+    rotary: Rotary
     kind: ClassVar[str] = "attention"
 
     @property
+    def query(self) -> Layer | None:
+        """Projection of the queries; None without one, or with one per stream."""
+        return self._only("query")
+
+    @property
+    def key(self) -> Layer | None:
+        """Projection of the keys; None without one, or with one per stream."""
+        return self._only("key")
+
+    @property
+    def value(self) -> Layer | None:
+        """Projection of the values; None without one, or with one per stream."""
+        return self._only("value")
+
+    @property
+    def output(self) -> Layer | None:
+        """Projection of the joined heads; None without one, or with one per stream."""
+        return self._only("output")
+
+    @property
+    def query_norm(self) -> Norm | None:
+        """Norm of the queries; None without one, or with one per stream."""
+        return self._only("query_norm")
+
+    @property
+    def key_norm(self) -> Norm | None:
+        """Norm of the keys; None without one, or with one per stream."""
+        return self._only("key_norm")
+
+    def _only(self, name: str) -> Any:
+        return getattr(self.streams[0], name) if len(self.streams) == 1 else None
+
+    @property
+    def mask(self) -> str:
+        """What masks the scores.
+
+        `none`, `causal`, `window` (causal, of `window` keys), `padding` (keys an input masks out,
+        for every query alike), `bias` (numbers added to them), several joined by `+`, or `input`
+        for a value `mask_node` that was not proved to be any of these. What depends on an input
+        was tried with ones and zeros only.
+        """
+        return self._mask.kind
+
+    @property
+    def window(self) -> int | None:
+        """Keys that a query sees in a causal window, itself included; else None."""
+        return self._mask.window
+
+    @property
+    def mask_node(self) -> fx.Node | None:
+        """The mask; the outermost one of several."""
+        return self.masks[0].node if self.masks else None
+
+    @cached_property
+    def _mask(self) -> Mask:
+        return mask_of(self.program, self.instance, self.masks, self.is_causal)
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
-        """The projections there are: query, key, value, output."""
-        found = (self.query, self.key, self.value, self.output)
-        return tuple(layer for layer in found if layer is not None)
+        """The projections there are, stream by stream: query, key, value, output."""
+        return tuple(layer for stream in self.streams for layer in stream.layers)
 
     @property
     def qk_norm(self) -> bool | None:
         """Whether queries and keys are normalised; None when their projections are unknown."""
-        if self.query_norm is not None and self.key_norm is not None:
+        if all(stream.query_norm and stream.key_norm for stream in self.streams):
             return True
-        return False if self.query is not None and self.key is not None else None
+        return False if all(stream.query and stream.key for stream in self.streams) else None
 
     def constants(self) -> dict[str, Any]:
         """Return the constants of the role as plain data."""
-        names = ("heads", "kv_heads", "head_dim", "scale", "mask", "source", "qk_norm", "rotary")
-        return {name: getattr(self, name) for name in names}
+        names = ("heads", "kv_heads", "head_dim", "scale", "mask", "source", "qk_norm")
+        return {name: getattr(self, name) for name in names} | {"rotary": self.rotary.to_json()}
 
     def bind(self, program: Program, graph: str, instance: str | None) -> Self:
         bound = super().bind(program, graph, instance)
-        for name in ("query", "key", "value", "output", "query_norm", "key_norm"):
-            part = getattr(self, name)
-            bound.__dict__[name] = part and part.bind(program, graph, instance)
+        streams = tuple(stream.bind(program, graph, instance) for stream in self.streams)
+        bound.__dict__["streams"] = streams
+        bound.__dict__.pop("_mask", None)
         return bound
 
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
-        """Return one region per `scaled_dot_product_attention`."""
-        cores = [node for node in graph.nodes if op(node) == "scaled_dot_product_attention"]
+        """Return one region per attention, as one op or spelled out."""
         flow = flow_of(graph)
-        found = [_parts(flow, core) for core in cores]
+        found = [_parts(flow, core) for core in cores_of(graph)]
         paths = unique_paths([parts.pop("path") for parts in found])
         return [cls(path=path, **parts) for path, parts in zip(paths, found, strict=True)]
 
     def misses(self) -> list[NotRecognized]:
         """Say which parts of the pattern are not there, each with the node in their place."""
-        found = []
-        for role in ("query", "key", "value"):
-            if getattr(self, role) is None:
-                node = getattr(self, f"x_{role[0]}")
-                joins = "joins several projections" if op(node) == "cat" else "is no linear layer"
-                found.append(NotRecognized(f"attention.{role}", node, joins))
-            elif getattr(self, role).features is None:
-                node = getattr(self, role).node
-                reason = "holds its output features in no contiguous range"
-                found.append(NotRecognized(f"attention.{role}", node, reason))
-        if self.output is None:
-            node, _ = _forward(self.core)
-            reason = "reads the joined heads and is no linear layer"
-            found.append(NotRecognized("attention.output", node, reason))
-        return found
+        return [miss for stream in self.streams for miss in _misses(stream, self.core)]
 
 
-def _parts(flow: Flow, core: fx.Node) -> dict[str, Any]:
+def _misses(stream: Stream, core: fx.Node) -> list[NotRecognized]:
+    found = []
+    for role in ROLES:
+        layer: Layer | None = getattr(stream, role)
+        if layer is None:
+            node = getattr(stream, f"x_{role[0]}")
+            joins = "joins several projections" if op(node) == "cat" else "is no linear layer"
+            found.append(NotRecognized(f"attention.{role}", node, joins))
+        elif layer.rows is None:
+            reason = "holds its output features in no regular order"
+            found.append(NotRecognized(f"attention.{role}", layer.node, reason))
+    if stream.output is None and stream.result is not None:
+        reader = next(iter(stream.result.users), core)
+        reason = "reads the joined heads and is no linear layer"
+        found.append(NotRecognized("attention.output", reader, reason))
+    return found
+
+
+def _parts(flow: Flow, core: Core) -> dict[str, Any]:
     """Return the fields of an attention, its path among them."""
-    call = _call(core)
-    sides = [call[role] for role in ("query", "key", "value")]
-    origins = [flow.origins[side] for side in sides]
-    layers = [_share(flow, side) for side in sides]
-    last, way = _forward(core)
-    output = Layer.of(last, Layer.all_features(last)) if is_layer(last) else None
-    inside = {core, *way, last} if output else {core}
-    for side, origin, layer in zip(sides, origins, layers, strict=True):
-        inside |= flow.between(side, origin.anchor) | ({layer.node} if layer else set())
-    x_q, x_k, x_v = (
-        peel(layer.inputs[0]) if layer else origin.anchor
-        for layer, origin in zip(layers, origins, strict=True)
-    )
-    mask = call.get("attn_mask")
+    joined = [getattr(core, role) for role in ROLES]
+    streams, inside = _streams(flow, core, joined)
+    results = [stream.result for stream in streams if stream.result] or [core.node]
+    layers = [layer for stream in streams for layer in stream.layers]
+    one = streams[0]
+    several = [flow.origins[side].anchor for side in joined]
+    x_q, x_k, x_v = (one.x_q, one.x_k, one.x_v) if len(streams) == 1 else several
     return {
-        **flow.enclose(inside, last if output else core),
-        **dict(zip(("query", "key", "value", "output"), (*layers, output), strict=True)),
-        **_sizes(flow, call),
-        "path": joint_path([n.node for n in (*layers, output) if n] or [core]),
-        "core": core,
+        **flow.enclose(inside, *results),
+        **_sizes(flow, core),
+        "path": joint_path([layer.node for layer in layers] or [core.node]),
+        "core": core.node,
+        "streams": streams,
         "x_q": x_q,
         "x_k": x_k,
         "x_v": x_v,
-        "mask": "causal" if call.get("is_causal") else "none" if mask is None else "input",
-        "mask_node": mask,
-        "source": "self" if x_q is x_k is x_v else "cross" if x_k is x_v else "mixed",
-        "query_norm": origins[0].norm,
-        "key_norm": origins[1].norm,
-        "rotary": _agreed(_rotary(flow, sides[0], x_q), _rotary(flow, sides[1], x_k)),
+        "masks": core.terms,
+        "is_causal": core.causal,
+        "source": _source(streams),
+        "rotary": one.rotary if len({s.rotary for s in streams}) == 1 else _agreed(streams),
     }
 
 
-def _sizes(flow: Flow, call: dict[str, Any]) -> dict[str, Any]:
-    """Return heads, head width and scale."""
-    query, key = flow.origins[call["query"]], flow.origins[call["key"]]
-    width = shape(call["query"])[-1]
-    scale = call.get("scale")
-    if scale is None and isinstance(width, int):
-        scale = 1 / math.sqrt(width)
-    factors = [scale, query.factor, key.factor]
-    known = [factor for factor in factors if isinstance(factor, int | float)]
-    return {
-        "heads": _heads(flow, call["query"]),
-        "kv_heads": _heads(flow, call["key"]),
-        "head_dim": width if isinstance(width, int) else None,
-        "scale": math.prod(known) if len(known) == len(factors) else None,
-    }
-
-
-def _heads(flow: Flow, side: fx.Node) -> int | None:
-    """Count the heads on the axis before the sequence, each once."""
-    axes, copies = shape(side), flow.origins[side].copies
-    features = flow.origins[side].features
-    if len(axes) == 3 and features is not None and features.is_flat:
-        return 1
-    if len(axes) < 4 or not isinstance(axes[-3], int) or axes[-3] % copies:
-        return None
-    return axes[-3] // copies
-
-
-def _share(flow: Flow, side: fx.Node) -> Layer | None:
-    """Return the projection behind queries, keys or values."""
-    origin, heads = flow.origins[side], _heads(flow, side)
-    if not is_layer(origin.anchor):
-        return None
-    span = origin.features.span if origin.features else None
-    whole = span and heads and span[1] - span[0] == heads * shape(side)[-1]
-    return Layer.of(origin.anchor, span if whole else None)
-
-
-def _rotary(flow: Flow, side: fx.Node, x: fx.Node) -> bool | None:
-    """Say whether a side is mixed with values that do not come from x; None if they may."""
-    origin = flow.origins[side]
-    if not flow.is_projected(origin.anchor):
-        return None
-    if not origin.foreign:
-        return False
-    apart = all(
-        not flow.reads[node] & flow.reads[x] or (x in flow.learned and node not in flow.learned)
-        for node in origin.foreign
+def _streams(
+    flow: Flow, core: Core, joined: Sequence[fx.Node]
+) -> tuple[tuple[Stream, ...], set[fx.Node]]:
+    """Return the streams of an attention, and all nodes of its region."""
+    sides = [sides_of(flow, value) for value in joined]
+    if len({len(parts) for parts in sides}) > 1:  # as when keys and values alone are joined
+        sides = [[Side(value, o := flow.origins[value], o)] for value in joined]
+    inside = set(core.nodes)
+    for value, parts in zip(joined, sides, strict=True):
+        inside |= flow.between(value, flow.origins[value].anchor)
+        for side in parts:
+            if len(parts) > 1:
+                inside.add(side.joined.anchor)
+                inside |= flow.between(side.value, side.origin.anchor)
+    counts = [_tokens(side) for side in sides[0]] if len(sides[0]) > 1 else [None]
+    ways = exits_of(core, counts)
+    streams = tuple(
+        stream_of(flow, core, parts, way)
+        for parts, way in zip(zip(*sides, strict=True), ways, strict=True)
     )
-    return True if origin.rotated and apart else None
+    for stream, way in zip(streams, ways, strict=True):
+        inside |= way.nodes
+        inside.update(n.node for n in (stream.query, stream.key, stream.value) if n)
+    return streams, inside
 
 
-def _agreed(one: bool | None, other: bool | None) -> bool | None:
-    return one if one is other else None
+def _tokens(side: Side) -> Any:
+    """Return the number of tokens a side brings to the sequence."""
+    return sizes(side.value)[arguments(side.joined.anchor).get("dim", 0)]
 
 
-def _forward(core: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Return the node that computes something with the joined heads, and those on the way."""
-    way: list[fx.Node] = []
-    node = core
-    while len(following := readers(node)) == 1:
-        (node,) = following
-        if op(node) not in LAYOUT:
-            return node, way
-        way.append(node)
-    return node, way
+def _source(streams: Sequence[Stream]) -> str:
+    if len(streams) > 1:
+        return "joint"
+    (one,) = streams
+    if one.x_q is one.x_k is one.x_v:
+        return "self"
+    return "cross" if one.x_k is one.x_v else "mixed"
 
 
-def _call(core: fx.Node) -> dict[str, Any]:
-    names = [argument.name for argument in core.target._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, core.args, strict=False)) | dict(core.kwargs)
+def _agreed(streams: Sequence[Stream]) -> Rotary:
+    """Return the rotation of all streams, which may read parts of a table each."""
+    found = {(s.rotary.kind, s.rotary.pairing, s.rotary.dims) for s in streams}
+    if len(found) > 1:
+        return Rotary("unknown")
+    tables = dict.fromkeys(node for s in streams for node in s.rotary.tables)
+    return Rotary(*found.pop(), tuple(tables))
+
+
+def _sizes(flow: Flow, core: Core) -> dict[str, Any]:
+    """Return heads, head widths and scale."""
+    factors = [core.scale]
+    for side in (core.query, core.key):
+        parts = {part.origin.factor for part in sides_of(flow, side)}
+        factors += [parts.pop() if len(parts) == 1 else None]
+        if op(flow.origins[side].anchor) == "cat":
+            factors.append(flow.origins[side].factor)
+    known = [factor for factor in factors if factor is not None]
+    return {
+        "heads": _heads(flow, core, "query"),
+        "kv_heads": _heads(flow, core, "key"),
+        "head_dim": core.width("query"),
+        "value_dim": core.width("value"),
+        "scale": math.prod(known) if len(known) == len(factors) else None,
+        "softcap": core.softcap,
+    }
+
+
+def _heads(flow: Flow, core: Core, role: str) -> int | None:
+    """Count the heads, each once: by the features of the projection, else on their axis."""
+    side: fx.Node = getattr(core, role)
+    origin, width, axes = flow.origins[side], core.width(role), shape(side)
+    rows = origin.features.rows if origin.features else None
+    if rows is not None and width and rows.count % width == 0:
+        return rows.count // width
+    order = core.orders[ROLES.index(role)] if core.orders else tuple(range(len(axes)))
+    if len(axes) < 4 or not isinstance(axes[order[-3]], int):
+        return None
+    heads = int(axes[order[-3]])
+    return heads // origin.copies if heads % origin.copies == 0 else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx
 
 from ..graphs import is_mutable
 from ..regions import Region, local_path, unique_paths
+from ..run import run_nodes
 from ..shapes import describe
 
 
@@ -17,12 +19,22 @@ from ..shapes import describe
 class ConstantExpression(Region):
     """The largest expression over weights and literals that ends in one tensor.
 
+    What is replaced is the end: expressions may share what leads there, which is dead when all of
+    them are gone.
+
     Attributes:
         weights: The `get_attr` nodes it reads.
+        steps: The nodes that compute it, in order.
     """
 
     weights: tuple[fx.Node, ...]
+    steps: tuple[fx.Node, ...]
     kind: ClassVar[str] = "constant"
+
+    def replay(self, inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
+        """Run the whole expression; it has no inputs."""
+        env = run_nodes(self.program, self.steps, {}, self.instance, dtype)
+        return [env[node] for node in self.outputs]
 
     def evaluate(self) -> Tensor:
         """Compute the value, as this instance has it."""
@@ -62,9 +74,10 @@ class ConstantExpression(Region):
         ordered = sorted(members, key=order.__getitem__)
         return cls(
             path=path,
-            nodes=tuple(n for n in ordered if n.op == "call_function"),
+            nodes=(root,),
             inputs=(),
             outputs=(root,),
+            steps=tuple(n for n in ordered if n.op == "call_function"),
             weights=tuple(n for n in ordered if n.op == "get_attr"),
         )
 

@@ -1,33 +1,50 @@
 """What recognition makes of a program: every parameter and every FLOP has an owner.
 
-Regions are asked in the order of `KINDS`; what none of them holds is listed as
-outside, by the kind of work it is.
+Regions are asked in the order of `KINDS`, then what lies around the blocks: embeddings, conditions,
+transitions and heads. What none of them holds is listed as outside, by the kind of work it is; so
+is what has the place of a branch or a head and does something that neither is known to do.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from ..cost import is_view, node_flops
-from ..ops import OPS
+from ..cost import is_view
+from ..graphs import remembered
 from ..program import MAIN, Program
 from ..regions import Region, find_once, local_path
-from ..shapes import Size, concrete
+from ..shapes import concrete
 from .attention import Attention
 from .block import Block
-from .calls import op
+from .branch import Branch
+from .calls import LAYOUT, op
 from .embedding import Embedding
 from .feed_forward import FeedForward
 from .flow import NotRecognized
+from .modulation import Modulation
 from .norm import Norm
+from .plain import oddity_of
+from .surroundings import (
+    CONDITION,
+    EMBEDDING,
+    HEAD,
+    TRANSITION,
+    Surroundings,
+    connected,
+    surroundings_of,
+)
+from .work import node_work
 
-KINDS: tuple[type[Region], ...] = (Attention, FeedForward, Norm, Embedding, Block)
+KINDS: tuple[type[Region], ...] = (
+    Attention, FeedForward, Branch, Modulation, Norm, Embedding, Block
+)  # fmt: skip
+AROUND = (EMBEDDING, CONDITION, TRANSITION, HEAD)
 _SPELLED = {
     "addmm": ("linear", "multiplies with a weight stored as [in, out]; canonicalize first"),
     "mm": ("linear", "multiplies with a weight stored as [in, out]; canonicalize first"),
@@ -40,9 +57,12 @@ class Share:
     """What one kind of region, or one op outside of all, accounts for.
 
     Attributes:
-        owner: Kind of region, a block owning what its sublayers and norms do not. For nodes of no
-            region: `outside: linear`, `convolution`, `elementwise`, or `other` (views).
-        regions: How many regions of the kind the model has.
+        owner: Kind of region, a block owning what its sublayers and norms do not; what lies around
+            the blocks: `embedding`, `condition`, `transition` or `head`. For all other nodes
+            `outside: linear`, `convolution`, `elementwise`, or `other` (views); `outside: branch`
+            and `outside: block` for parts of them that do what is not understood.
+        regions: How many regions of the kind the model has; of what lies around the blocks, how
+            many connected parts that compute something.
         parameters: Weights read there first, quantized ones as the weights they stand for.
         flops: Operations of one call.
     """
@@ -127,12 +147,13 @@ class Explanation:
 def explain(program: Program) -> Explanation:
     """Account for all parameters and FLOPs of a program, once per block class."""
     size = concrete(program, None)
-    costs = {n: _node_cost(n, size) for graph in program.graphs.values() for n in graph.nodes}
-    owners = {key: _owners(graph, costs) for key, graph in program.graphs.items()}
+    around = surroundings_of(program)
+    costs = {n: node_work(n, size) for graph in program.graphs.values() for n in graph.nodes}
+    owners = {key: _owners(graph, costs, around) for key, graph in program.graphs.items()}
     times = Counter(instance.block for instance in program.instances.values()) + Counter([MAIN])
     flops: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
-    regions: Counter[str] = Counter()
+    regions = _around(around)
     for key, graph in program.graphs.items():
         regions.update({kind.kind: len(find_once(graph, kind)) * times[key] for kind in KINDS})
         for node in graph.nodes:
@@ -141,53 +162,91 @@ def explain(program: Program) -> Explanation:
             parameters[owners[key][node]] += stored * times[key]
     for owner, count in _read(program, owners):
         parameters[owner] += count
-    names = [kind.kind for kind in KINDS]
+    names = list(dict.fromkeys((*(kind.kind for kind in KINDS), *AROUND)))
     others = sorted({*flops, *parameters} - set(names), key=lambda o: -flops[o])
     shares = [Share(o, regions[o], parameters[o], flops[o]) for o in (*names, *others)]
     misses = [
         _miss(program, key, miss, times[key])
         for key, graph in program.graphs.items()
         for miss in near_misses(graph)
+        if owners[key][miss.node] not in AROUND or miss.nearest != FeedForward.kind
     ]
+    keys = {graph: key for key, graph in program.graphs.items()}
+    odd = [(keys[miss.node.graph], miss) for miss in around.odd]
+    misses += [_miss(program, key, miss, times[key]) for key, miss in odd]
     used = tuple(share for share in shares if share.regions or share.parameters or share.flops)
     return Explanation(used, tuple(misses))
 
 
 def near_misses(graph: fx.Graph) -> list[NotRecognized]:
     """Return what a graph nearly has, with the first node that disagrees."""
-    found = [miss for attention in find_once(graph, Attention) for miss in attention.misses()]
+    attentions = find_once(graph, Attention)
+    found = [miss for attention in attentions for miss in attention.misses()]
     found += [*FeedForward.misses(graph), *Block.misses(graph)]
+    found += [odd for _, odd in unknown_parts(graph)]
+    inside = {node for attention in attentions for node in attention.nodes}
     for node in graph.nodes:
         nearest, reason = _SPELLED.get(op(node), ("", ""))
-        if nearest:
+        if nearest and node not in inside:
             found.append(NotRecognized(nearest, node, reason))
     return found
+
+
+def _around(around: Surroundings) -> Counter[str]:
+    """Count the parts that lie around the blocks, tables left out: they are counted already."""
+    tables = LAYOUT | {"embedding", "quantized_embedding"}
+    return Counter(
+        {
+            role: sum(any(op(n) not in tables for n in part) for part in around.components(role))
+            for role in AROUND
+        }
+    )
 
 
 Costs = Mapping[fx.Node, tuple[Mapping[str, int], int]]
 
 
-def _owners(graph: fx.Graph, costs: Costs) -> dict[fx.Node, str]:
-    """Name the first kind of region that holds each node, or the kind of work it does outside."""
-    owners = {node: f"outside: {next(iter(costs[node][0]))}" for node in graph.nodes}
+def _owners(graph: fx.Graph, costs: Costs, around: Surroundings) -> dict[fx.Node, str]:
+    """Name the first kind of region that holds each node, its role, or the work it does outside."""
+    owners = {
+        node: around.roles.get(node) or f"outside: {next(iter(costs[node][0]))}"
+        for node in graph.nodes
+    }
     for kind in reversed(KINDS):
         for region in find_once(graph, kind):
             owners.update(dict.fromkeys(region.nodes, kind.kind))
+    for nodes, odd in unknown_parts(graph):
+        owners.update(dict.fromkeys(nodes, f"outside: {odd.nearest}"))
+    for node in reversed(graph.nodes):  # what lays out a weight belongs to who reads it
+        if is_view(node) and node.users and all(n.op == "get_attr" for n in node.all_input_nodes):
+            owners[node] = owners[next(iter(node.users))]
     return owners
 
 
-def _node_cost(node: fx.Node, size: Callable[[Size], int]) -> tuple[Mapping[str, int], int]:
-    """Return the FLOPs of a node by kind of work, and the weights stored in its codes."""
-    if node.op != "call_function" or is_view(node):
-        return {"other": 0}, 0
+Unknown = tuple[Sequence[fx.Node], NotRecognized]
 
-    def shape(n: fx.Node) -> tuple[int, ...]:
-        return tuple(size(s) for s in n.meta["val"].shape)
 
-    shapes = [shape(n) for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    structural = OPS.get(str(node.target))
-    stored = structural.weights(shapes, shape(node)) if structural else 0
-    return node_flops(node, shapes, shape(node)), stored
+def unknown_parts(graph: fx.Graph) -> list[Unknown]:
+    """Return the branches that do what is not understood, and what else of that kind blocks hold.
+
+    A block may hold single layers beside its sublayers, as one that makes an attention's keys
+    fewer, but no more than one in a chain.
+    """
+    return remembered(graph, "unknown parts", lambda graph: list(_unknown_parts(graph)))
+
+
+def _unknown_parts(graph: fx.Graph) -> Iterator[Unknown]:
+    known = {
+        n for kind in KINDS if kind is not Block for r in find_once(graph, kind) for n in r.nodes
+    }
+    for branch in find_once(graph, Branch):
+        if branch.odd:
+            yield branch.nodes, branch.odd
+    for block in find_once(graph, Block):
+        for part in connected([n for n in block.nodes if n not in known]):
+            odd = oddity_of(part, Block.kind, is_class=True, may_add=True, longest=1)
+            if odd:
+                yield part, odd
 
 
 def _read(

@@ -1,6 +1,8 @@
-"""Feed-forward networks: two matrix products around an activation, beside a residual stream.
+"""Feed-forward networks: two matrix products around an activation, on a residual stream.
 
 plain:  y = act(x @ up.T) @ down.T            gated:  y = (act(x @ gate.T) * (x @ up.T)) @ down.T
+
+Matrix products may be pointwise convolutions, with a depthwise one among the hidden neurons.
 """
 
 from __future__ import annotations
@@ -11,41 +13,51 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, fx
 
+from ..graphs import remembered
 from ..program import Program
-from ..regions import Region, unique_paths
-from .activation import Activation, activation_of
-from .calls import is_layer, joint_path, op, peel
+from ..regions import Region, find_once, unique_paths
+from .attention import Attention
+from .calls import LAYERS, arguments, calls_to, is_layer, joint_path, op, peel, shape
+from .convolution import CONVOLUTIONS, Pointwise, is_pointwise, kernel
 from .flow import Flow, NotRecognized, flow_of
-from .layer import Layer
-from .residual import Residual, residual_of
+from .layer import Layer, Range
+from .neurons import hidden_of
+from .path import layout_between
+from .residual import Residual, residual_of, straight_of, ways_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeedForward(Region):
     """The feed-forward sublayer of a block.
 
-    A network of this shape that does not add to the stream it reads (an embedding of the time
-    step, a projector, a head) is no sublayer and is left out.
+    A network of this shape that returns to no stream (an embedding of the time step, a projector,
+    a head) is no sublayer and is left out.
 
     Attributes:
         x: What it reads.
-        y: What it returns.
-        activation: `gelu`, `gelu_tanh`, `silu`, `relu`, `quick_gelu`, `sigmoid`, ...
-        dim: Width of the stream.
+        y: What it returns; the hidden neurons where `shares_down` is true.
+        activation: `gelu`, `gelu_tanh`, `silu`, `relu`, `quick_gelu`, `sigmoid`, ...; `none` where
+            two halves are multiplied as they are.
+        axis: What it mixes: `channels`, or `tokens` where these were turned to the last axis.
+        dim: Width of what it reads.
         ffn_dim: Hidden neurons.
         up_layer: [ffn_dim, dim]; perhaps a share of a layer that is gate and up at once.
         gate_layer: [ffn_dim, dim]; None in a plain network.
-        down_layer: [dim, ffn_dim].
+        down_layer: [dim, ffn_dim]; perhaps the share of a matrix that reads the hidden neurons and
+            the heads of an attention side by side.
+        depthwise: Depthwise convolutions among the hidden neurons.
     """
 
     x: fx.Node
     y: fx.Node
     activation: str
+    axis: str
     dim: int
     ffn_dim: int
     up_layer: Layer
     gate_layer: Layer | None
     down_layer: Layer
+    depthwise: tuple[fx.Node, ...] = ()
     kind: ClassVar[str] = "feed_forward"
 
     @property
@@ -57,6 +69,11 @@ class FeedForward(Region):
     def is_gated(self) -> bool:
         """Whether the hidden neurons are multiplied by activated gates."""
         return self.gate_layer is not None
+
+    @property
+    def shares_down(self) -> bool:
+        """Whether one matrix reads hidden neurons and something else; canonicalize splits it."""
+        return self.down_layer.columns is not None
 
     @property
     def is_dense(self) -> bool:
@@ -81,7 +98,12 @@ class FeedForward(Region):
     def constants(self) -> dict[str, Any]:
         """Return the constants of the role as plain data."""
         names = ("activation", "is_gated", "dim", "ffn_dim")
-        return {name: getattr(self, name) for name in names}
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.axis != "channels":
+            found["axis"] = self.axis
+        if self.depthwise:
+            found["kernels"] = [list(kernel(node)) for node in self.depthwise]
+        return found
 
     def bind(self, program: Program, graph: str, instance: str | None) -> Self:
         bound = super().bind(program, graph, instance)
@@ -93,21 +115,38 @@ class FeedForward(Region):
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
         """Return the networks that are sublayers of a residual block."""
-        flow = flow_of(graph)
-        found = [parts for parts in _candidates(flow) if isinstance(_back(flow, parts), Residual)]
+        found, _ = remembered(graph, "feed-forward candidates", _sorted_out)
         paths = unique_paths([joint_path(n.node for n in _layers(parts)) for parts in found])
         return [cls(path=path, **parts) for path, parts in zip(paths, found, strict=True)]
 
     @classmethod
     def misses(cls, graph: fx.Graph) -> list[NotRecognized]:
         """Say where there is a network of this shape that is no sublayer, and why."""
-        flow = flow_of(graph)
-        ways = [_back(flow, parts) for parts in _candidates(flow)]
-        return [way for way in ways if isinstance(way, NotRecognized)]
+        _, misses = remembered(graph, "feed-forward candidates", _sorted_out)
+        return misses
+
+
+def _sorted_out(graph: fx.Graph) -> tuple[list[dict[str, Any]], list[NotRecognized]]:
+    """Return the fields of the networks that are sublayers, and why others are none."""
+    flow = flow_of(graph)
+    for attention in find_once(graph, Attention):
+        ways_of(flow, attention)
+    found: list[dict[str, Any]] = []
+    misses: list[NotRecognized] = []
+    ways = [(parts, _back(flow, parts)) for parts in _candidates(flow)]
+    left = {way.out for way in flow.ways.values() if isinstance(way, Residual)}
+    for parts, way in ways:
+        x, y = parts["x"], parts["y"]
+        fits = way if isinstance(way, Residual) else straight_of(flow, x, y, left)
+        if fits is not None:
+            found.append(parts | {"axis": _axis(fits, x)})
+        elif isinstance(way, NotRecognized):
+            misses.append(way)
+    return found, misses
 
 
 def _back(flow: Flow, parts: dict[str, Any]) -> Residual | NotRecognized:
-    return residual_of(flow, FeedForward.kind, (parts["x"],), parts["y"])
+    return residual_of(flow, FeedForward.kind, (parts["x"],), parts["down_layer"].node)
 
 
 def _layers(parts: dict[str, Any]) -> Iterator[Layer]:
@@ -116,77 +155,70 @@ def _layers(parts: dict[str, Any]) -> Iterator[Layer]:
     )
 
 
+def _axis(way: Residual, x: fx.Node) -> str:
+    """Say whether what a norm has left in the last axis, the channels, is in another one now."""
+    if way.norm_before is None or way.norm_before.form == "group_norm":
+        return "channels"
+    turned = 0
+    node: Any = x
+    while node is not way.norm_before.outputs[0] and node in way.nodes:
+        rank, axes = len(shape(node)), [a for a in node.args[1:] if isinstance(a, int)]
+        turns = op(node) in ("transpose", "swapaxes") and rank - 1 in {a % rank for a in axes}
+        turned += turns or (op(node) == "permute" and node.args[1][-1] % rank != rank - 1)
+        node = node.args[0]
+    return "tokens" if turned % 2 else "channels"
+
+
 def _candidates(flow: Flow) -> Iterator[dict[str, Any]]:
     """Yield the fields of every network of the right shape, wherever its output goes."""
-    for down in flow.graph.nodes:
-        if not is_layer(down):
-            continue
-        hidden = peel(down.args[0])
-        parts = _gated(flow, hidden) or _plain(flow, hidden)
-        if parts is None:
-            continue
-        activation, up, gate = parts
-        x = up.inputs[0]
-        if gate is not None and gate.inputs[0] is not x:
-            continue
-        start, stop = up.features or (0, 0)
-        inside = {down, up.node, *activation.nodes, hidden}
-        for source, layer in ((activation.source, gate or up), (down.args[0], None)):
-            inside |= _way(source, layer.node if layer else hidden)
-        if gate is not None:
-            inside |= _way(_factor(hidden, activation), up.node) | {gate.node}
-        yield {
-            **flow.enclose(inside, down),
-            "x": x,
-            "y": down,
-            "activation": activation.kind,
-            "dim": up.in_features,
-            "ffn_dim": stop - start,
-            "up_layer": up,
-            "gate_layer": gate,
-            "down_layer": Layer.of(down, Layer.all_features(down)),
-        }
+    for down in calls_to(flow.graph, LAYERS | CONVOLUTIONS):
+        if is_layer(down):
+            for value, columns in _inputs(down):
+                yield from _network(flow, value, down, columns)
+        elif is_pointwise(down):
+            yield from _network(flow, down.args[0], down, None)
 
 
-Parts = tuple[Activation, Layer, Layer | None]
+def _inputs(down: fx.Node) -> Iterator[tuple[fx.Node, tuple[int, int] | None]]:
+    """Yield what a layer reads, or each of the values it reads side by side with its columns."""
+    value = down.args[0]
+    assert isinstance(value, fx.Node)
+    joined = peel(value)
+    if op(joined) != "cat" or arguments(joined).get("dim", 0) not in (-1, len(shape(joined)) - 1):
+        yield value, None
+        return
+    start = 0
+    for part in joined.args[0]:  # type: ignore[union-attr]
+        stop = start + int(shape(part)[-1])  # type: ignore[arg-type]
+        yield part, (start, stop)  # type: ignore[misc]
+        start = stop
 
 
-def _plain(flow: Flow, hidden: fx.Node) -> Parts | None:
-    activation = activation_of(hidden)
-    if activation is None:
-        return None
-    up = Layer.behind(flow, activation.source, untouched=True)
-    return (activation, up, None) if up else None
-
-
-def _gated(flow: Flow, hidden: fx.Node) -> Parts | None:
-    """Match `act(gate) * up`."""
-    if op(hidden) != "mul":
-        return None
-    operands = [n for n in hidden.args if isinstance(n, fx.Node)]
-    for side in operands:
-        activation = activation_of(peel(side))
-        if activation is None or len(operands) != 2:
-            continue
-        gate = Layer.behind(flow, activation.source, untouched=True)
-        up = Layer.behind(flow, _factor(hidden, activation), untouched=True)
-        if gate and up and (gate.node, gate.features) != (up.node, up.features):
-            return activation, up, gate
-    return None
-
-
-def _factor(hidden: fx.Node, activation: Activation) -> fx.Node:
-    """Return the operand of a product that is not the activation."""
-    left, right = hidden.args
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
-    return right if peel(left) is activation.result else left
-
-
-def _way(value: Any, source: fx.Node) -> set[fx.Node]:
-    """Return the nodes that lay out `source` as `value`."""
-    nodes: set[fx.Node] = set()
-    while value is not source and value.op == "call_function":
-        nodes.add(value)
-        value = value.args[0]
-    return nodes
+def _network(
+    flow: Flow, value: Any, node: fx.Node, columns: Range | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the fields of the network whose hidden neurons a layer reads, if there is one."""
+    found = hidden_of(flow, peel(value))
+    if found is None:
+        return
+    down = (
+        Layer.of(node, Layer.all_features(node), columns)
+        if is_layer(node)
+        else Pointwise.of_channels(node, None)
+    )
+    shares = down.columns is not None
+    result = found.hidden if shares else down.node
+    inside = found.nodes | (set() if shares else {down.node} | layout_between(value, found.hidden))
+    rows = found.up.rows
+    yield {
+        **flow.enclose(inside, result),
+        "x": found.up.inputs[0],
+        "y": result,
+        "activation": found.activation,
+        "dim": found.up.in_features,
+        "ffn_dim": rows.count if rows else down.in_features,
+        "up_layer": found.up,
+        "gate_layer": found.gate,
+        "down_layer": down,
+        "depthwise": tuple(found.depthwise),
+    }

@@ -1,23 +1,19 @@
-"""What values are made of: one forward pass per graph, which every finder of blocks reads.
-
-Each value gets an *origin*: the node whose result it still is after views, splits, a norm, and the
-multiply-adds of a rotary embedding. Following origins, `scaled_dot_product_attention` finds its
-projections however they are reshaped, and a feed-forward network the halves of a fused layer.
-"""
+"""What every finder asks of a graph: order, norms, origins, and what depends on what."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import fx
 
-from ..graphs import is_mutable, remembered
-from .calls import LAYERS, LAYOUT, SPLITS, is_layer, op, peel, shape
-from .features import Features
+from ..graphs import is_mutable, positions, remembered
+from ..regions import find_once
+from .calls import LAYERS, op
 from .norm import Norm
+from .origin import Origins
+from .written import written_of
 
 
 @dataclass(frozen=True)
@@ -35,31 +31,6 @@ class NotRecognized:
     reason: str
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a value comes from.
-
-    Attributes:
-        anchor: The node whose result it is, apart from what follows.
-        features: Which of the anchor's output features, for a linear layer.
-        norm: Norm it went through.
-        factor: Number it was multiplied by since; None when parts differ.
-        foreign: Other values it was multiplied by.
-        mixed: Whether parts of it were added, swapped or negated.
-        rotated: Whether parts of it were added after being multiplied by different values.
-        copies: How often each head stands in it: key and value heads repeated for the queries.
-    """
-
-    anchor: fx.Node
-    features: Features | None = None
-    norm: Norm | None = None
-    factor: float | None = 1.0
-    foreign: tuple[fx.Node, ...] = ()
-    mixed: bool = False
-    rotated: bool = False
-    copies: int = 1
-
-
 class Flow:
     """Order, norms and origins of one graph.
 
@@ -68,29 +39,25 @@ class Flow:
         norms: The norms.
         norm_to: Norm by its result.
         norm_from: Norm by what it reads.
-        ways: What `residual_of` found, by result of a sublayer.
+        ways: What `residual_of` found, by result and inputs of a sublayer.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.position = {node: index for index, node in enumerate(graph.nodes)}
-        self.norms = Norm.find(graph)
+        self.position = positions(graph)
+        self.norms = find_once(graph, Norm)
         self.norm_to = {norm.outputs[0]: norm for norm in self.norms}
         self.norm_from = {norm.inputs[0]: norm for norm in self.norms}
-        self.ways: dict[fx.Node, Any] = {}
-        self._projected: set[fx.Node] = set()
+        self.ways: dict[Any, Any] = {}
 
     @cached_property
-    def origins(self) -> dict[fx.Node, Origin]:
+    def origins(self) -> Origins:
         """Origin of every node."""
-        found: dict[fx.Node, Origin] = {}
-        for node in self.graph.nodes:
-            found[node] = self._origin(node, found)
-        return found
+        return Origins(self.graph, self.norm_to)
 
     def is_projected(self, anchor: fx.Node) -> bool:
         """Whether an anchor is a linear layer, or joins the results of several."""
-        return anchor in self._projected
+        return anchor in self.origins.projected
 
     @cached_property
     def reads(self) -> dict[fx.Node, int]:
@@ -116,29 +83,30 @@ class Flow:
                 found.add(node)
         return found
 
-    def enclose(self, core: set[fx.Node], result: fx.Node) -> dict[str, Any]:
-        """Return nodes, inputs and outputs of the region around `core`, `result` first.
+    def enclose(self, core: set[fx.Node], *results: fx.Node) -> dict[str, Any]:
+        """Return nodes, inputs and outputs of the region around `core`, `results` first.
 
-        What the core reads and is computed after the first of its nodes belongs to it as well: a
-        replacement stands where the first node stood.
+        A replacement stands behind all the region reads. What the core reads and is computed only
+        after something outside has read a value of the region belongs to it as well.
         """
-        nodes, first = set(core), min(self.position[node] for node in core)
-        pending = list(core)
-        while pending:
-            node = pending.pop()
-            late = [n for n in node.all_input_nodes if self.position[n] > first]
-            picks = [n for n in node.users if op(n) == "getitem"]
-            for other in (*late, *picks):
-                if other.op == "call_function" and other not in nodes and not is_mutable(other):
-                    nodes.add(other)
-                    pending.append(other)
-        ordered = sorted(nodes, key=self.position.__getitem__)
-        read = dict.fromkeys(n for node in ordered for n in node.all_input_nodes)
-        seen = [n for n in ordered if not nodes.issuperset(n.users) and n is not result]
+        nodes = _with_picks(core)
+        first = len(self.position)
+        while True:
+            ordered = sorted(nodes, key=self.position.__getitem__)
+            read = dict.fromkeys(
+                n for node in ordered for n in node.all_input_nodes if n not in nodes
+            )
+            seen = [node for node in ordered if not nodes.issuperset(node.users)]
+            readers = (n for node in seen for n in node.users if n not in nodes)
+            first = min((self.position[n] for n in readers), default=first)
+            late = {n for n in read if self.position[n] >= first and _is_free(n)}
+            if not late:
+                break
+            nodes |= _with_picks(late)
         return {
             "nodes": tuple(ordered),
-            "inputs": tuple(n for n in read if n not in nodes and n.op != "get_attr"),
-            "outputs": (result, *seen),
+            "inputs": tuple(n for n in read if n.op != "get_attr"),
+            "outputs": (*results, *(n for n in seen if n not in results)),
         }
 
     def between(self, value: fx.Node, anchor: fx.Node) -> set[fx.Node]:
@@ -150,51 +118,15 @@ class Flow:
             if node is anchor or node in nodes or self.origins[node].anchor is not anchor:
                 continue
             nodes.add(node)
+            written = written_of(node) if op(node) == "slice_scatter" else None
+            if written is not None:
+                nodes |= written.nodes
+                pending += written.pieces
+                continue
             norm = self.norm_to.get(node)
             pending += [norm.inputs[0]] if norm else node.all_input_nodes
             nodes.update(norm.nodes if norm else ())
         return nodes
-
-    def _origin(self, node: fx.Node, known: dict[fx.Node, Origin]) -> Origin:
-        name = op(node)
-        fresh = Origin(node, Features.of(node) if is_layer(node) else None)
-        if is_layer(node) or (
-            name == "cat" and all(is_layer(known[n].anchor) for n in node.all_input_nodes)
-        ):
-            self._projected.add(node)
-        norm = self.norm_to.get(node)
-        if norm is not None:
-            return replace(known[norm.inputs[0]], norm=norm, factor=1.0)
-        if name in LAYOUT and isinstance(node.args[0], fx.Node):
-            source = node.args[0]
-            if name == "getitem" and op(source) not in SPLITS:
-                return fresh  # one of several results, not a part of one
-            return _moved(node, known[source])
-        if name == "neg":
-            return replace(known[node.all_input_nodes[0]], mixed=True)
-        operands = [known[n] for n in node.all_input_nodes]
-        if name in ("add", "sub", "cat", "stack") and len({o.anchor for o in operands}) == 1:
-            return _joined(operands) if _all_tensors(node) else fresh
-        if name in ("mul", "div"):
-            return self._multiplied(node, known) or fresh
-        return fresh
-
-    def _multiplied(self, node: fx.Node, known: dict[fx.Node, Origin]) -> Origin | None:
-        """Return the origin of a value times numbers or times values that come from elsewhere."""
-        left, right = node.args[:2]
-        if isinstance(left, fx.Node) and isinstance(right, int | float):
-            factor = known[left].factor
-            times = right if op(node) == "mul" else 1 / right if right else None
-            return replace(known[left], factor=factor and times and factor * times)
-        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-            return None
-        for value, other in ((left, right), (right, left)):
-            origin = known[value]
-            if self.is_projected(origin.anchor) and not self.is_projected(known[other].anchor):
-                turned = "complex" in str(getattr(node.meta.get("val"), "dtype", ""))
-                foreign = tuple(dict.fromkeys((*origin.foreign, peel(other))))
-                return replace(origin, foreign=foreign, rotated=origin.rotated or turned)
-        return None
 
 
 def flow_of(graph: fx.Graph) -> Flow:
@@ -202,34 +134,11 @@ def flow_of(graph: fx.Graph) -> Flow:
     return remembered(graph, Flow, Flow)
 
 
-def _all_tensors(node: fx.Node) -> bool:
-    """Whether no operand of a sum is a number."""
-    return op(node) in ("cat", "stack") or all(isinstance(a, fx.Node) for a in node.args[:2])
+def _with_picks(nodes: set[fx.Node]) -> set[fx.Node]:
+    """Return nodes with the parts that are picked of their results."""
+    return {*nodes, *(n for node in nodes for n in node.users if op(n) == "getitem")}
 
 
-def _moved(node: fx.Node, source: Origin) -> Origin:
-    name, value = op(node), node.args[0]
-    assert isinstance(value, fx.Node)
-    copies = source.copies
-    if name == "expand" and len(shape(value)) == len(shape(node)):
-        pairs = zip(shape(value)[1:], shape(node)[1:], strict=True)
-        copies *= math.prod(new for old, new in pairs if old == 1 and isinstance(new, int))
-    elif name == "repeat_interleave" and isinstance(node.args[1], int):
-        copies *= node.args[1]
-    features = source.features and source.features.after(name, node)
-    return replace(source, features=features, copies=copies)
-
-
-def _joined(operands: list[Origin]) -> Origin:
-    """Return the origin of parts of one value put together again."""
-    one = operands[0]
-    spans = {o.features.span if o.features else None for o in operands}
-    foreign = tuple(dict.fromkeys(node for o in operands for node in o.foreign))
-    return replace(
-        one,
-        features=Features(spans.pop() if len(spans) == 1 else None, None),
-        factor=one.factor if len({o.factor for o in operands}) == 1 else None,
-        foreign=foreign,
-        mixed=True,
-        rotated=any(o.rotated for o in operands) or len(foreign) > 1,
-    )
+def _is_free(node: fx.Node) -> bool:
+    """Whether a node may be computed later than it is."""
+    return node.op == "call_function" and not is_mutable(node)

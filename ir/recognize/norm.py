@@ -11,12 +11,14 @@ from torch import Tensor, fx
 
 from ..graphs import aten
 from ..regions import Region, local_path, unique_paths
+from .calls import arguments, calls_to
 
 _OPS = {
     aten.layer_norm.default: ("layer_norm", ("input", "size", "weight", "bias", "eps")),
     aten.rms_norm.default: ("rms_norm", ("input", "size", "weight", "eps")),
     aten.group_norm.default: ("group_norm", ("input", "groups", "weight", "bias", "eps")),
 }
+_ROOTS = ("layer_norm", "rms_norm", "group_norm", "rsqrt", "sqrt")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,9 +58,11 @@ class Norm(Region):
     def find(cls, graph: fx.Graph) -> list[Self]:
         """Return every norm whose scale and shift, if any, are parameters."""
         found = []
-        for node in graph.nodes:
+        for node in calls_to(graph, _ROOTS):
             parts = _op_parts(node) or _written_out(node)
             if parts is not None:
+                found.append(_centred(parts) or parts)
+            elif (parts := _of_variance(node)) is not None:
                 found.append(parts)
         paths = unique_paths([local_path(parts["outputs"][0]) for parts in found])
         return [cls(path=path, **parts) for path, parts in zip(paths, found, strict=True)]
@@ -108,6 +112,46 @@ def _written_out(node: Any) -> dict[str, Any] | None:
     if scaled is aten.div.Tensor and last.args[1] is not node:
         return None
     owns_cast = wide is not x and {square, last}.issuperset(wide.users)
+    first = (*((wide,) if owns_cast else ()), square, mean, added, node)
+    return _scaled(first, last, x, x if owns_cast else wide, added.args[1])
+
+
+def _of_variance(node: Any) -> dict[str, Any] | None:
+    """Match `(x - mean(x)) / sqrt(var(x) + eps)`, the variance divided by all there are."""
+    if node.target not in (aten.rsqrt.default, aten.sqrt.default) or len(node.users) != 1:
+        return None
+    added = _alone(node.args[0], aten.add.Tensor)
+    variance = added and (
+        _alone(added.args[0], aten.var.dim) or _alone(added.args[0], aten.var.correction)
+    )
+    if not variance or added.kwargs or not isinstance(added.args[1], int | float):
+        return None
+    given = arguments(variance)
+    biased = given.get("unbiased") is False or given.get("correction") == 0
+    (last,) = node.users
+    scaled = aten.mul.Tensor if node.target is aten.rsqrt.default else aten.div.Tensor
+    if not biased or given.get("dim") != [-1] or not given.get("keepdim"):
+        return None
+    if last.target is not scaled or (scaled is aten.div.Tensor and last.args[1] is not node):
+        return None
+    (centred,) = (n for n in last.args if n is not node) if len(set(last.args)) == 2 else (None,)
+    if not isinstance(centred, fx.Node) or centred.args[:1] != (given["self"],):
+        return None
+    return _centred(_scaled((variance, added, node), last, centred, centred, added.args[1]))
+
+
+def _scaled(
+    first: tuple[fx.Node, ...], last: fx.Node, x: fx.Node, source: fx.Node, eps: float
+) -> dict[str, Any]:
+    """Return the fields of an RMS norm, the weight behind it included.
+
+    Args:
+        first: Its nodes up to the root.
+        last: The product with the root, or the quotient.
+        x: What is normalised, before it was cast.
+        source: What the region reads.
+        eps: Added to the variance.
+    """
     tail = list(_tail(last))
     if tail and tail[-1].target is aten.to.dtype and not _same_type(tail[-1], x):
         tail.pop()
@@ -118,12 +162,37 @@ def _written_out(node: Any) -> dict[str, Any] | None:
     return {
         "form": "rms_norm",
         "size": width,
-        "eps": added.args[1],
+        "eps": eps,
         "weight_node": weights[0] if weights else None,
-        "nodes": (*((wide,) if owns_cast else ()), square, mean, added, node, last, *tail),
-        "inputs": (x if owns_cast else wide,),
+        "nodes": (*first, last, *tail),
+        "inputs": (source,),
         "outputs": ((last, *tail)[-1],),
         "written_out": True,
+    }
+
+
+def _centred(parts: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the layer norm that an RMS norm of `x - mean(x)` is, and the shift added to it."""
+    inside: set[fx.Node] = set(parts["nodes"])
+    (centred,) = parts["inputs"]
+    if not parts.get("written_out") or centred.target is not aten.sub.Tensor or centred.kwargs:
+        return None
+    x, mean = centred.args
+    mean = _alone(mean, aten.mean.dim) if isinstance(mean, fx.Node) else None
+    if mean is None or mean.args != (x, [-1], True) or not inside.issuperset(centred.users):
+        return None
+    result = parts["outputs"][0]
+    last = next(iter(result.users)) if len(result.users) == 1 else result
+    others = [n for n in last.all_input_nodes if n is not result]
+    shifts = last.target is aten.add.Tensor and not last.kwargs and len(others) == 1
+    shifts = shifts and others[0].op == "get_attr"
+    shifts = shifts and tuple(others[0].meta["val"].shape) == (parts["size"],)
+    return parts | {
+        "form": "layer_norm",
+        "bias_node": others[0] if shifts else None,
+        "nodes": (mean, centred, *parts["nodes"], *((last,) if shifts else ())),
+        "inputs": (x,),
+        "outputs": (last if shifts else result,),
     }
 
 

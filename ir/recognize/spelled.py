@@ -1,7 +1,7 @@
 """Things PyTorch has one op for, spelled out in several.
 
 A model may write attention as two matrix products around a softmax, repeat key and value heads by
-hand, or call `addmm` with a transposed weight. Finding them is the first half of canonicalizing.
+hand, or multiply with a transposed weight. Finding them is the first half of canonicalizing.
 """
 
 from __future__ import annotations
@@ -11,69 +11,78 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, fx
 
-from ..graphs import aten
-from ..regions import Region, local_path, unique_paths
-from .activation import activation_of
+from ..graphs import aten, positions
+from ..program import Program
+from ..regions import Region, find_once, local_path, unique_paths
+from .activation import Activation, activation_of
+from .attention import Attention
+from .calls import calls_any, op
+from .core import Core, cores_of
+from .layer import Layer
 
 _VIEWS = (aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TransposedLinear(Region):
-    """`addmm(bias, x, weight)` with a weight [in_features, out_features], views around it included.
+    """A product with a weight, as `addmm(bias, x, w)` or `x @ w.T + bias`, views around included.
 
     Attributes:
         weight_node: The `get_attr` node of the weight.
-        bias_node: The one of the bias.
+        bias_node: The one of the bias, or None.
+        turned: Whether the weight is stored as [in_features, out_features].
     """
 
     weight_node: fx.Node
-    bias_node: fx.Node
+    bias_node: fx.Node | None
+    turned: bool
     kind: ClassVar[str] = "transposed linear"
+
+    @property
+    def gap(self) -> str:
+        """Why its weight cannot be turned round; empty when it can, or need not be."""
+        shared = self.turned and self.is_shared(self.weight_node)
+        return "reads a weight that others read as it is stored" if shared else ""
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features]."""
+        weight = self.tensor(self.weight_node)
+        return weight.t().contiguous() if self.turned else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features], or None."""
+        return None if self.bias_node is None else self.tensor(self.bias_node)
 
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
-        """Return every `addmm` over parameters."""
-        found = []
-        for node in graph.nodes:
-            if node.target is aten.addmm.default and not node.kwargs:
-                arguments: Any = node.args
-                bias, x, weight = arguments
-                if bias.op == weight.op == "get_attr":
-                    nodes, source = _with_views(node, x)
-                    found.append((nodes, source, weight, bias))
-        paths = unique_paths([local_path(nodes[-1]) for nodes, *_ in found])
-        return [
-            cls(
-                path=path,
-                nodes=nodes,
-                inputs=(source,),
-                outputs=nodes[-1:],
-                weight_node=weight,
-                bias_node=bias,
-            )
-            for path, (nodes, source, weight, bias) in zip(paths, found, strict=True)
-        ]
+        """Return every product of a value and a parameter."""
+        found = [parts for node in graph.nodes if (parts := _addmm(node) or _product(node))]
+        paths = unique_paths([local_path(parts["outputs"][0]) for parts in found])
+        return [cls(path=path, **parts) for path, parts in zip(paths, found, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SpelledActivation(Region):
-    """An activation written as products and powers.
+    """An activation written as products and powers, where there is a shorter way.
 
     Attributes:
-        form: What it is: `silu`, `gelu` or `gelu_tanh`.
+        form: What it is: `silu`, `gelu`, `gelu_tanh`, or `quick_gelu`, for which PyTorch has no op:
+            its shortest spelling is `x * sigmoid(x * 1.702)`.
     """
 
     form: str
     kind: ClassVar[str] = "spelled activation"
-    forms: ClassVar[frozenset[str]] = frozenset({"silu", "gelu", "gelu_tanh"})
+    forms: ClassVar[frozenset[str]] = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu"})
 
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
-        """Return activations that PyTorch has one op for."""
-        order = {node: index for index, node in enumerate(graph.nodes)}
+        """Return activations that are not in their shortest spelling."""
+        order = positions(graph)
         found = [match for node in graph.nodes if (match := activation_of(node))]
         found = [m for m in found if len(m.nodes) > 1 and m.kind in cls.forms]
+        found = [m for m in found if m.kind != "quick_gelu" or not _is_short(m)]
         found = [m for m in found if all(m.nodes.issuperset(n.users) for n in m.nodes - {m.result})]
         paths = unique_paths([local_path(match.result) for match in found])
         return [
@@ -88,46 +97,109 @@ class SpelledActivation(Region):
         ]
 
 
+def _is_short(activation: Activation) -> bool:
+    """Whether a quick GELU is `x * sigmoid(x * 1.702)`, operands in this order."""
+    x, result = activation.source, activation.result
+    if op(result) != "mul" or result.args[0] is not x:
+        return False
+    inner: Any = result.args[1].args[0]  # type: ignore[union-attr]
+    return inner.args[0] is x
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SpelledAttention(Region):
-    """`softmax(q @ k.T * scale + mask) @ v`, the inputs being q, k, v and the mask if any.
+    """`softmax(q @ k.T * scale + mask) @ v`, the inputs being q, k, v and the masks.
 
     Attributes:
-        scale: Factor of the scores.
-        masked: Whether a mask is added.
+        core: What it is made of.
+        gap: Why no attention op computes it, completing "the region ..."; empty when one does.
     """
 
-    scale: float
-    masked: bool
+    core: Core
+    gap: str
     kind: ClassVar[str] = "spelled attention"
 
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
-        """Return attentions over values of four axes, without dropout."""
-        found = [parts for node in graph.nodes if (parts := _attention_parts(node))]
-        paths = unique_paths([local_path(parts["outputs"][0]) for parts in found])
-        return [cls(path=path, **parts) for path, parts in zip(paths, found, strict=True)]
+        """Return the attentions of several nodes."""
+        order = positions(graph)
+        found = [core for core in cores_of(graph) if core.spelled]
+        paths = unique_paths([local_path(core.node) for core in found])
+        return [
+            cls(
+                path=path,
+                nodes=tuple(sorted(core.nodes, key=order.__getitem__)),
+                inputs=(core.query, core.key, core.value, *(term.node for term in core.terms)),
+                outputs=(core.node,),
+                core=core,
+                gap=core.gap or _gap(core),
+            )
+            for path, core in zip(paths, found, strict=True)
+        ]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RepeatedHeads(Region):
-    """Attention whose key and value heads are repeated by hand to match the query heads.
+def _gap(core: Core) -> str:
+    """Say what the op cannot take of an attention that is otherwise one."""
+    sides = (core.query, core.key, core.value, core.node)
+    if len({side.meta["val"].dtype for side in sides}) > 1:
+        return "computes in another type than it reads"
+    adds = [term.node.meta["val"].dtype for term in core.terms if term.form == "add"]
+    if any(dtype != core.query.meta["val"].dtype for dtype in adds):
+        return "adds a mask of another type"
+    if any(term.form != "add" and term.value > LOWEST / 2 for term in core.terms):
+        return "hides scores behind a number that is not the lowest"
+    if any(term.node.meta["val"].dim() < 2 for term in core.terms):
+        return "has a mask of less than two axes"
+    return ""
 
-    The inputs are q, k and v before they were repeated, and the mask if any.
 
-    Attributes:
-        options: Keyword arguments of the attention op.
-    """
+LOWEST = -(2.0 - 2.0**-23) * 2.0**127  # of float32
 
-    options: tuple[tuple[str, Any], ...]
-    kind: ClassVar[str] = "repeated heads"
 
-    @classmethod
-    def find(cls, graph: fx.Graph) -> list[Self]:
-        """Return attentions with `k` and `v` expanded over a new axis behind the heads."""
-        found = [parts for node in graph.nodes if (parts := _repeated_parts(node))]
-        paths = unique_paths([local_path(parts["outputs"][0]) for parts in found])
-        return [cls(path=path, **parts) for path, parts in zip(paths, found, strict=True)]
+def _addmm(node: Any) -> dict[str, Any] | None:
+    """Match `addmm` over parameters."""
+    if node.target is not aten.addmm.default or node.kwargs:
+        return None
+    bias, x, weight = node.args
+    if not bias.op == weight.op == "get_attr":
+        return None
+    nodes, source = _with_views(node, x)
+    return {
+        "nodes": nodes,
+        "inputs": (source,),
+        "outputs": nodes[-1:],
+        "weight_node": weight,
+        "bias_node": bias,
+        "turned": True,
+    }
+
+
+def _product(node: Any) -> dict[str, Any] | None:
+    """Match `x @ w` or `x @ w.T`, and the bias added to it."""
+    if node.target not in (aten.matmul.default, aten.mm.default):
+        return None
+    x, weight = node.args
+    turned = weight.op == "get_attr"
+    if op(weight) in ("t", "numpy_T", "mT", "transpose") or (
+        op(weight) == "permute" and list(weight.args[1]) == [1, 0]
+    ):
+        weight = weight.args[0]
+    if weight.op != "get_attr" or weight.meta["val"].dim() != 2 or x.meta["val"].dim() < 2:
+        return None
+    last = next(iter(node.users)) if len(node.users) == 1 else node
+    others = [n for n in last.all_input_nodes if n is not node]
+    width = (node.meta["val"].shape[-1],)
+    biased = calls_any(last, aten.add.Tensor) and not last.kwargs and len(others) == 1
+    biased = biased and others[0].op == "get_attr" and tuple(others[0].meta["val"].shape) == width
+    nodes = (node, last) if biased else (node,)
+    return {
+        "nodes": nodes,
+        "inputs": (x,),
+        "outputs": nodes[-1:],
+        "weight_node": weight,
+        "bias_node": others[0] if biased else None,
+        "turned": turned,
+    }
 
 
 def _with_views(node: Any, x: Any) -> tuple[tuple[fx.Node, ...], fx.Node]:
@@ -144,93 +216,50 @@ def _with_views(node: Any, x: Any) -> tuple[tuple[fx.Node, ...], fx.Node]:
     return (x, node, user), source
 
 
-def _attention_parts(node: Any) -> dict[str, Any] | None:
-    """Match from the softmax, both ways."""
-    if node.target is not aten.softmax.int or node.args[1] not in (-1, 3):
-        return None
-    if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
-        return None
-    product = _only_user(node)
-    if product is None or product.target is not aten.matmul.default or product.args[0] is not node:
-        return None
-    scores, mask, scale, inner = node.args[0], None, 1.0, []
-    if _is(scores, aten.add.Tensor) and isinstance(scores.args[1], fx.Node) and not scores.kwargs:
-        inner.append(scores)
-        scores, mask = scores.args
-    if _is(scores, aten.mul.Tensor, aten.div.Tensor) and isinstance(scores.args[1], int | float):
-        inner.append(scores)
-        factor = float(scores.args[1])
-        scale = factor if scores.target is aten.mul.Tensor else 1 / factor
-        scores = scores.args[0]
-    if not _is(scores, aten.matmul.default):
-        return None
-    q, turned = scores.args
-    if not _is(turned, aten.transpose.int) or {a % 4 for a in turned.args[1:]} != {2, 3}:
-        return None
-    v, k = product.args[1], turned.args[0]
-    inner += [turned, scores]
-    values = [n.meta["val"] for n in (q, k, v)]
-    if any(value.dim() != 4 for value in values) or any(len(n.users) > 1 for n in inner):
-        return None
-    added = None if mask is None else mask.meta["val"]
-    if added is not None and (added.dtype != values[0].dtype or added.dim() < 2):
-        return None
-    return {
-        "nodes": (*reversed(inner), node, product),
-        "inputs": (q, k, v) if mask is None else (q, k, v, mask),
-        "outputs": (product,),
-        "scale": scale,
-        "masked": mask is not None,
-    }
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharedOutput(Region):
+    """One linear layer that reads an attention's heads and something else side by side.
 
+    The inputs are what it reads, in order.
 
-def _repeated_parts(node: Any) -> dict[str, Any] | None:
-    if node.target is not aten.scaled_dot_product_attention.default or "enable_gqa" in node.kwargs:
-        return None
-    names = ("attn_mask", "dropout_p", "is_causal")
-    options = dict(zip(names, node.args[3:], strict=False)) | node.kwargs
-    mask = options.pop("attn_mask", None)
-    q, k, v = node.args[:3]
-    expanded = [_repeated(n) for n in (k, v)]
-    if None in expanded or options.get("dropout_p"):
-        return None
-    (k_nodes, k0), (v_nodes, v0) = expanded  # type: ignore[misc]
-    given = (q, k0, v0) if mask is None else (q, k0, v0, mask)
-    return {
-        "nodes": (*k_nodes, *v_nodes, node),
-        "inputs": given,
-        "outputs": (node,),
-        "options": tuple(sorted(options.items())),
-    }
+    Attributes:
+        layer: The layer.
+        widths: Width of each input.
+    """
 
+    layer: Layer
+    widths: tuple[int, ...]
+    kind: ClassVar[str] = "shared output"
 
-def _repeated(node: Any) -> tuple[tuple[fx.Node, ...], fx.Node] | None:
-    """Match `x[:, :, None].expand(..., times, ...).reshape(...)` over [batch, heads, seq, dim]."""
-    if not _is(node, *_VIEWS) or not _is(node.args[0], aten.expand.default):
-        return None
-    expand = node.args[0]
-    source, nodes = expand.args[0], [expand, node]
-    while _is(source, aten.slice.Tensor, aten.unsqueeze.default):
-        if source.target is aten.unsqueeze.default and source.args[1] not in (2, -3):
-            return None  # a tile, which is another order of heads
-        nodes.insert(0, source)
-        source = source.args[0]
-    old, wide, new = (n.meta["val"].shape for n in (source, expand, node))
-    if len(old) != 4 or len(wide) != 5 or len(new) != 4 or any(len(n.users) > 1 for n in nodes):
-        return None
-    kept = [str(wide[axis]) for axis in (0, 1, 3, 4)] == list(map(str, old))
-    merged = new[1] == old[1] * wide[2] and list(map(str, new[2:])) == list(map(str, old[2:]))
-    return (tuple(nodes), source) if kept and merged else None
+    @property
+    def gap(self) -> str:
+        """Why it cannot be cut in two; empty when it can."""
+        weight = self.layer.weight_node
+        shared = weight is not None and self.is_shared(weight)
+        return "reads a weight that others read whole" if shared else ""
 
+    @classmethod
+    def find(cls, graph: fx.Graph) -> list[Self]:
+        """Return the layers of which an attention has a share of the columns."""
+        streams = [stream for region in find_once(graph, Attention) for stream in region.streams]
+        shares = [s.output.node for s in streams if s.output and s.output.columns]
+        layers = [Layer.of(node, Layer.all_features(node)) for node in dict.fromkeys(shares)]
+        return [cls._of(layer) for layer in layers if layer.is_dense]
 
-def _is(node: Any, *targets: object) -> bool:
-    return isinstance(node, fx.Node) and node.target in targets
+    @classmethod
+    def _of(cls, layer: Layer) -> Self:
+        cat = layer.inputs[0]
+        parts = tuple(cat.all_input_nodes)
+        return cls(
+            path=layer.path,
+            nodes=(cat, layer.node),
+            inputs=parts,
+            outputs=(layer.node,),
+            layer=layer,
+            widths=tuple(int(part.meta["val"].shape[-1]) for part in parts),
+        )
 
-
-def _only_user(node: fx.Node) -> Any:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def weights_of(region: TransposedLinear) -> tuple[Tensor, Tensor]:
-    """Return weight [in_features, out_features] and bias [out_features]."""
-    return region.tensor(region.weight_node), region.tensor(region.bias_node)
+    def bind(self, program: Program, graph: str, instance: str | None) -> Self:
+        bound = super().bind(program, graph, instance)
+        bound.__dict__["layer"] = self.layer.bind(program, graph, instance)
+        return bound

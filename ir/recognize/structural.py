@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from ..ops import OPS
 from ..regions import Region, local_path, unique_paths
+from .calls import arguments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +34,7 @@ class StructuralCall(Region):
         """Return weights, as this instance has them, and literals by argument name."""
         return {
             name: self.tensor(value) if isinstance(value, fx.Node) else value
-            for name, value in _named(self.nodes[0]).items()
+            for name, value in arguments(self.nodes[0]).items()
             if value is not self.inputs[0]
         }
 
@@ -52,8 +53,3 @@ class StructuralCall(Region):
 def _values(node: fx.Node) -> list[fx.Node]:
     """Return the arguments that are computed, as opposed to stored."""
     return [argument for argument in node.all_input_nodes if argument.op != "get_attr"]
-
-
-def _named(node: fx.Node) -> dict[str, Any]:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

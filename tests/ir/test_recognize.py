@@ -86,11 +86,15 @@ def captured() -> Callable[[str], Program]:
     return get
 
 
+STILL = {"kind": "none", "pairing": None, "dims": None}
+HALVES = {"kind": "rotary", "pairing": "half"}
+
+
 def row(
     norms: int, activation: str, gated: bool, sizes: tuple[int, int], place: str, **attention: Any
 ) -> dict[str, Any]:
     """Return what a model of two blocks must be recognised as."""
-    usual = {"kv_heads": attention["heads"], "source": "self", "qk_norm": False, "rotary": False}
+    usual = {"kv_heads": attention["heads"], "source": "self", "qk_norm": False, "rotary": STILL}
     scale = attention["head_dim"] ** -0.5
     ffn = {"activation": activation, "is_gated": gated, "dim": sizes[0], "ffn_dim": sizes[1]}
     return {
@@ -101,18 +105,19 @@ def row(
     }
 
 
-GIVEN = {"heads": 4, "head_dim": 4, "mask": "input"}
-FREE = GIVEN | {"mask": "none"}
-GROUPED = GIVEN | {"kv_heads": 2, "rotary": True}
+FREE = {"heads": 4, "head_dim": 4, "mask": "none"}
+CAUSAL = FREE | {"mask": "causal"}
+GROUPED = CAUSAL | {"kv_heads": 2, "rotary": HALVES | {"dims": 4}}
+WIDER = GROUPED | {"head_dim": 6, "qk_norm": True, "rotary": HALVES | {"dims": 6}}
 EXPECTED = {
     "gpt": row(5, "gelu_tanh", False, (8, 12), "pre", heads=2, head_dim=4, mask="causal"),
     "llama": row(5, "silu", True, (16, 24), "pre", **GROUPED),
-    "qwen3": row(9, "silu", True, (16, 24), "pre", **GROUPED | {"head_dim": 6, "qk_norm": True}),
-    "bert": row(5, "gelu", False, (16, 24), "post", **GIVEN),
-    "vit": row(5, "gelu", False, (16, 24), "pre", **GIVEN),
-    "clip_text": row(5, "quick_gelu", False, (16, 24), "pre", **GIVEN),
+    "qwen3": row(9, "silu", True, (16, 24), "pre", **WIDER),
+    "bert": row(5, "gelu", False, (16, 24), "post", **FREE),
+    "vit": row(5, "gelu", False, (16, 24), "pre", **FREE),
+    "clip_text": row(5, "quick_gelu", False, (16, 24), "pre", **CAUSAL),
     "clip_vision": row(6, "quick_gelu", False, (16, 24), "pre", **FREE),
-    "t5": row(5, "relu", False, (16, 24), "pre", **GIVEN | {"scale": 1.0}),
+    "t5": row(5, "relu", False, (16, 24), "pre", **FREE | {"mask": "bias", "scale": 1.0}),
     "dit": row(5, "gelu_tanh", False, (16, 64), "pre", heads=2, head_dim=8, mask="none"),
 }
 
@@ -154,16 +159,14 @@ def test_finds_everything_in_our_models(name: str) -> None:
     assert all(layer.is_dense for attention in parts[0] for layer in attention.layers)
 
 
-def test_two_streams_are_not_taken_for_one() -> None:
+def test_two_streams() -> None:
     from blockwright.models.mmdit import TOY_FLUX, Flux
 
     program = capture(Flux(TOY_FLUX).eval())
     assert len(program.attentions()) == TOY_FLUX.double_depth + TOY_FLUX.single_depth
     assert all(attention.rotary for attention in program.attentions())
-    assert not program.blocks()
-    reasons = {m.nearest: m.reason for m in program.explain().near_misses}
-    assert reasons["attention.query"] == "joins several projections"
-    assert "block" in reasons
+    assert [len(block.streams) for block in program.blocks()] == [2, 2, 2, 1, 1, 1]
+    assert not [m for m in program.explain().near_misses if m.nearest == "block"]
 
 
 def scrambled(program: Program, seed: int) -> Program:
@@ -353,15 +356,34 @@ def test_fused_projections_have_their_share_of_the_weight() -> None:
     torch.testing.assert_close(out, model(X))
 
 
-def test_interleaved_projections_are_found_without_a_range() -> None:
-    program = toy(FusedPerHead())
-    (attention,) = program.attentions()
+def test_projections_that_take_turns_head_by_head() -> None:
+    model = FusedPerHead()
+    (attention,) = toy(model).attentions()
     assert (attention.heads, attention.head_dim, attention.source) == (2, 4, "self")
-    query = attention.layers[0]
-    assert not query.is_dense
+    weight = model.qkv.weight.unflatten(0, (2, 3, 4))  # [heads, roles, head_dim, dim]
+    for index, layer in enumerate(attention.layers[:3]):
+        assert (layer.features, layer.is_dense, layer.is_fused) == (None, True, True)
+        torch.testing.assert_close(layer.weight, weight[:, index].flatten(0, 1), rtol=0, atol=0)
+
+
+class Crossed(Toy):
+    """Queries made of every third feature and a few more: no regular set."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x)
+        q = self.heads(torch.cat((y[..., :3], y[..., 5:10]), dim=-1))
+        k, v = self.heads(self.k(x)), self.heads(self.v(2 * x))
+        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_features_in_no_regular_order() -> None:
+    program = toy(Crossed())
+    (attention,) = program.attentions()
+    assert attention.query is not None
+    assert not attention.query.is_dense
     with pytest.raises(OptionError, match="no dense weight of its own"):
-        _ = query.weight
-    assert "holds its output features in no contiguous range" in str(program.explain())
+        _ = attention.query.weight
+    assert "holds its output features in no regular order" in str(program.explain())
 
 
 def test_fused_gate_and_up() -> None:

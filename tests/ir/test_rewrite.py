@@ -10,8 +10,9 @@ from blockwright.ir.errors import VerifyError
 from blockwright.ir.program import Program
 from blockwright.ir.recognize import Linear
 from blockwright.ir.regions import regions
-from blockwright.ir.rewrite import rewrite
+from blockwright.ir.rewrite import rewrite, trace
 from blockwright.ir.run import run
+from blockwright.ir.shapes import fake_mode
 from blockwright.ir.verify import verify
 
 
@@ -130,3 +131,18 @@ def test_a_replacement_that_fixes_a_size_does_not_fix_the_old_program(program: P
     assert run(program, [tokens])[0].shape[0] == 5
     with pytest.raises(RuntimeError, match="invalid for input"):  # loud, not wrong
         run(new, [tokens])
+
+
+def test_inputs_that_record_one_value_stay_apart(program: Program) -> None:
+    """Two nodes made by one trace record the same fake value, and are two inputs all the same."""
+    found = next(iter(regions(program, Linear)))
+    value = found.inputs[0].meta["val"]
+
+    class Difference(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x - y
+
+    mode = fake_mode(program.graphs[found.graph])
+    traced = trace(Difference(), [value, value], mode)
+    (subtraction,) = (node for node in traced.graph.nodes if node.op == "call_function")
+    assert len(set(subtraction.all_input_nodes)) == 2

@@ -91,3 +91,20 @@ def test_dynamic_sizes_are_no_constants(gpt: nn.Module) -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(OptionError, match="max_growth_bytes=-1 is negative"):
         FoldConstants(max_growth_bytes=-1)
+
+
+class Waves(nn.Module):
+    """Two constants, and the way to both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(4.0) * 0.5
+        return x * angles.cos() + x.flip(0) * angles.sin() + angles
+
+
+def test_constants_may_share_nodes() -> None:
+    x = torch.ones(4)
+    program = capture(Waves(), (x,))
+    new, (step,) = run_passes(program, [FoldConstants()], [[x]])
+    assert len(step.receipt.changed) == 3
+    assert "arange" not in new.text()
+    assert torch.equal(run(new, [x])[0], Waves()(x))

@@ -100,7 +100,7 @@ def test_nothing_to_fuse_is_an_error_unless_allowed(program: Program) -> None:
 
 
 def test_order_is_checked_before_anything_runs(program: Program) -> None:
-    with pytest.raises(OptionError, match=r"put fuse-projections before quantize-weights"):
+    with pytest.raises(OptionError, match=r"packs the weights that fuse-projections must join"):
         run_passes(program, [QuantizeWeights(), FuseProjections()])
 
 
