@@ -7,6 +7,10 @@ SHELL := bash
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 # Test processes. Each one is single-threaded, so this is also the number of busy cores.
 JOBS ?= 2
+# Wall time of `make fuzz`; `make mutants` starts none after it.
+MINUTES ?= 10
+# Which part of the mutants: every n-th from the k-th on, as k/n.
+SHARD ?= 1/1
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
@@ -68,6 +72,28 @@ imports: env ## Check who imports whom.
 .PHONY: golden
 golden: env ## Rewrite the golden files; read the diff before you commit it.
 	BLOCKWRIGHT_GOLDEN=rewrite $(PYTEST) -k golden
+
+.PHONY: docs
+docs: env ## Rewrite the pages of the passes.
+	BLOCKWRIGHT_GOLDEN=rewrite $(PYTEST) tests/test_pages.py
+
+.PHONY: fuzz
+fuzz: env ## Search for failures with random passes and models: make fuzz MINUTES=10.
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m blockwright.testing.fuzz --minutes $(MINUTES)
+
+.PHONY: composition
+composition: env ## Find out how every two passes go together; rewrites docs/composition.md.
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m blockwright.testing.composition_page --jobs $(JOBS)
+
+# `make test` runs a third of them, another one every day.
+.PHONY: mutants
+mutants: env ## Put known bugs in, one by one, and see that tests notice: make mutants SHARD=1/3 MINUTES=10.
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS) --shard $(SHARD) \
+	    --minutes $(MINUTES) --write
+
+.PHONY: recognition
+recognition: env ## Find out what recognition finds in real models; rewrites docs/recognition.md.
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recognition.py
 
 .PHONY: bench
 bench: env ## Measure: MiniLM against its peers, and how compile time grows with depth.

@@ -13,6 +13,7 @@ engine = bw.load("model.bw")
 from .backends.artefact import load
 from .backends.engine import Engine, Session
 from .driver.compile import compile
+from .driver.verify_foreign import verify
 from .ir.capture import capture
 from .ir.errors import BlockwrightError
 from .passes import Canonicalize, FoldConstants, FuseProjections, QuantizeWeights
@@ -29,4 +30,5 @@ __all__ = [
     "capture",
     "compile",
     "load",
+    "verify",
 ]

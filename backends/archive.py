@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from . import disk
 _MOST_FILES = 1000
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 2**20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 @contextlib.contextmanager
@@ -25,11 +29,13 @@ def packed(path: Path) -> Iterator[Path]:
     """
     if path.is_symlink() or path.is_dir():
         raise ArtefactError(f"{path} is there and is not a file.", remedy="choose another path.")
-    work = path.with_name(f".{path.name}{disk.temporary(Path()).name}")
+    # Not the name itself, which may be as long as names can be.
+    ours = f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}{disk.TEMPORARY}"
+    work = path.with_name(ours + secrets.token_hex(8))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk.locked(path.parent):
-            for leftover in path.parent.glob(f".{path.name}{disk.TEMPORARY}*"):
+            for leftover in path.parent.glob(f"{ours}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             work.mkdir()
             yield work / "artefact"
@@ -59,6 +65,8 @@ def unpack(path: Path, folder: Path) -> None:
     except ArtefactError:
         raise
     except Exception as error:  # zipfile raises a dozen kinds on a damaged file
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise disk.cannot_write(folder, error) from error
         raise _unsound(path, f"{type(error).__name__}: {error}") from error
 
 

@@ -17,6 +17,7 @@ import importlib.metadata
 import tempfile
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from ..ir.errors import ArtefactError, BlockwrightError, LoweringError
 from ..ir.program import Program
 from ..ir.serialize import from_json, to_json
-from . import container, weights
+from . import container, disk, weights
 from .archive import packed, unpack
 from .base import Lowered, WeightsFile
 from .container import Entry, Writer
@@ -74,7 +75,10 @@ def load(path: str | Path, *, backend: str | None = None, trust: bool = False) -
     path = Path(path)
     if path.is_dir() or not path.exists():
         return _load(path, backend, trust)
-    unpacked = tempfile.TemporaryDirectory(prefix="blockwright-")
+    try:
+        unpacked = tempfile.TemporaryDirectory(prefix="blockwright-")
+    except OSError as error:
+        raise disk.cannot_write(Path(tempfile.gettempdir()), error) from error
     try:
         unpack(path, Path(unpacked.name))
         engine = _load(Path(unpacked.name), backend, trust)
@@ -107,7 +111,7 @@ def _save(engine: Engine, folder: Path) -> None:
 def _about(engine: Engine) -> dict[str, Any]:
     options = {name: value for name, value in engine.options.items() if name != "threads"}
     return {
-        "made_by": {"blockwright": _version(), "torch": torch.__version__},
+        "made_by": _made_by(),
         "backend": {"name": engine.backend, "options": options},
         "recipe": str(engine.record.get("recipe", "")),
         "structure": engine.program.structure_hash(),
@@ -129,11 +133,23 @@ def _load(folder: Path, backend: str | None, trust: bool) -> Engine:
             where=container.MANIFEST,
             remedy="save or download the artefact again.",
         ) from error
+    _require_graph_of(manifest, program)
     if backend is not None and backend != made_for:
         made_for, options, entries = backend, {}, {}
     usable = {name: entry for name, entry in entries.items() if trust or not entry.compiled}
     lowered = _lower(folder, program, made_for, options, usable)
     return Engine(program, lowered, made_for, record, options=options)
+
+
+def _require_graph_of(manifest: Mapping[str, Any], program: Program) -> None:
+    """Refuse a graph other than the manifest speaks of; other versions may spell it differently."""
+    same = manifest["made_by"] == _made_by()
+    if same and manifest["structure"] != program.structure_hash():
+        raise ArtefactError(
+            f"the graph is not the one this artefact was made with, {manifest['structure']!s:.16}.",
+            where=GRAPH,
+            remedy="files of two artefacts are mixed; save or download the artefact again.",
+        )
 
 
 def _lower(
@@ -206,6 +222,11 @@ def _read(path: Path) -> Iterable[bytes]:
             yield chunk
 
 
+def _made_by() -> dict[str, str]:
+    return {"blockwright": _version(), "torch": torch.__version__}
+
+
+@cache
 def _version() -> str:
     try:
         return importlib.metadata.version("blockwright")

@@ -62,12 +62,17 @@ def temporary(folder: Path) -> Path:
 def store(folder: Path, content: Iterable[bytes | memoryview]) -> tuple[Path, str, int]:
     """Write a file under a temporary name and return its path, SHA-256 and size."""
     path, digest, size = temporary(folder), hashlib.sha256(), 0
-    with create(path) as file:
-        for chunk in content:
-            write(file, chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        sync(file)
+    try:
+        with create(path) as file:
+            for chunk in content:
+                write(file, chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            sync(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(path)
+        raise
     return path, digest.hexdigest(), size
 
 

@@ -209,7 +209,7 @@ def _threads(count: int | None) -> Iterator[None]:
     if count is None or count == before:
         yield
         return
-    torch.set_num_threads(count)
+    torch.set_num_threads(min(count, os.cpu_count() or 1))
     try:
         yield
     finally:

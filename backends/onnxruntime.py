@@ -143,7 +143,7 @@ def open_session(
     import onnxruntime as ort
 
     setup = ort.SessionOptions()
-    setup.intra_op_num_threads = options.get("threads") or 0
+    setup.intra_op_num_threads = min(options.get("threads") or 0, os.cpu_count() or 1)
     setup.inter_op_num_threads = 1
     setup.log_severity_level = 3
     entries = {

@@ -42,6 +42,14 @@ class CalibrationSets:
             raise OptionError(
                 error.what, where=f"calibration batch {index}", remedy=error.remedy
             ) from error
+        held = {tensor.device for tensor in self._program.tensors.values()}
+        if held and any(tensor.device not in held for tensor in flat):
+            raise OptionError(
+                f"it is on {', '.join(sorted({str(t.device) for t in flat}))}, the model on"
+                f" {', '.join(sorted(map(str, held)))}.",
+                where=f"calibration batch {index}",
+                remedy="move it to the device of the model.",
+            )
         if any(t.is_floating_point() and not t.isfinite().all() for t in flat):
             raise OptionError(
                 "it holds NaN or infinity.",

@@ -28,6 +28,7 @@ from .cli_compile import compile_command, read_recipe
 from .cli_diff import diff_command
 from .cli_inputs import parse_sizes
 from .cli_models import InputOptions, open_program
+from .cli_new_pass import new_pass_command
 from .cli_options import (
     ArtefactArgument,
     Backend,
@@ -89,6 +90,7 @@ app.command("compile")(compile_command)
 app.command("verify")(verify_command)
 app.command("bisect")(bisect_command)
 app.command("diff")(diff_command)
+app.command("new-pass")(new_pass_command)
 
 
 @app.command()

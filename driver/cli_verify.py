@@ -17,9 +17,10 @@ from ..ir.errors import OptionError
 from .calibration import calibration_sets, example_set
 from .cli_calls import read_tensors
 from .cli_models import InputOptions, is_artefact, open_model, program_of
-from .cli_options import Debug, DynamicSizes, Inputs, Json, Seed, Vocab
+from .cli_options import Debug, DynamicSizes, Inputs, Json, Seed, Trust, Vocab
+from .cli_verify_foreign import is_foreign, verify_files, view_foreign
 from .cli_view import progress, screen, show, show_json, table
-from .verify_artefact import verify_artefact
+from .verify_artefact import Verification, verify_artefact
 
 
 class Finding(Protocol):
@@ -30,7 +31,7 @@ class Finding(Protocol):
         """Whether everything is as claimed."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data: `certificate`, `disagreements`, `notes`."""
+        """Return plain data."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ class Request:
         original: Second argument.
         given: What was said about inputs.
         calibration: Files of further inputs.
+        against: The subject before it was rewritten, if that is known.
+        trust: Whether files that can hold code may be read.
     """
 
     subject: str
     original: str
     given: InputOptions
-    calibration: Sequence[Path]
+    calibration: Sequence[Path] = ()
+    against: Path | None = None
+    trust: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,13 @@ class Check:
         pair: In words, for the list of what can be verified.
         takes: Whether a request is of this kind.
         run: Does the work.
+        view: Shows what came of it.
     """
 
     pair: str
     takes: Callable[[Request], bool]
     run: Callable[[Request], Finding]
+    view: Callable[[Any], list[RenderableType]]
 
 
 def _against_model(request: Request) -> Finding:
@@ -74,19 +81,18 @@ def _against_model(request: Request) -> Finding:
     return verify_artefact(Path(request.subject), program, inputs)
 
 
-CHECKS = [
-    Check(
-        "a saved engine and the model it was made of",
-        lambda request: is_artefact(request.subject) and not Path(request.original).is_file(),
-        _against_model,
-    ),
-]
+def _against_foreign(request: Request) -> Finding:
+    return verify_files(
+        request.subject, request.original, request.given, request.against, request.trust
+    )
 
 
 def verify_command(
-    subject: Annotated[str, typer.Argument(metavar="ARTEFACT", help="A saved engine.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="SUBJECT", help="A saved engine, an ONNX file or a .pt2 file.")
+    ],
     original: Annotated[
-        str, typer.Argument(metavar="MODEL", help="The model it was compiled from.")
+        str, typer.Argument(metavar="MODEL", help="The model it was made of; may come first.")
     ],
     input_: Inputs = None,
     dynamic: DynamicSizes = None,
@@ -96,22 +102,28 @@ def verify_command(
         list[Path] | None,
         typer.Option(help="Inputs it was certified on: npz or safetensors files. Repeatable."),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The graph before it was rewritten; names values."),
+    ] = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Recompute the certificate of a saved engine from the engine and its model.
+    """Check a saved engine, or a graph of any origin, against the model it was made of.
 
-    Exit code 1 when something is not as claimed; the first block that disagrees is named.
+    Exit code 1 when something is not as claimed; the first block or node that disagrees is named.
     """
     with screen(as_json, debug), progress() as report:
         report("verify", 0, 1)
         given = InputOptions(input_ or (), dynamic or (), vocab, seed)
-        request = Request(subject, original, given, calibration or ())
-        finding = _check(request).run(request)
+        request = Request(subject, original, given, calibration or (), against, trust)
+        check = _check(request)
+        finding = check.run(request)
     if as_json:
         show_json(finding.to_json())
     else:
-        show(*_view(finding))
+        show(*check.view(finding))
     if not finding.ok:
         raise typer.Exit(1)
 
@@ -127,7 +139,7 @@ def _check(request: Request) -> Check:
     )
 
 
-def _view(finding: Finding) -> list[RenderableType]:
+def _view(finding: Verification) -> list[RenderableType]:
     data = finding.to_json()
     certificate = data["certificate"]
     errors = [
@@ -152,3 +164,19 @@ def _view(finding: Finding) -> list[RenderableType]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+CHECKS = [
+    Check(
+        "a graph of any origin (.onnx, .pt2) and the model it was made of",
+        lambda request: is_foreign(request.subject) or is_foreign(request.original),
+        _against_foreign,
+        view_foreign,
+    ),
+    Check(
+        "a saved engine and the model it was made of",
+        lambda request: is_artefact(request.subject) and not Path(request.original).is_file(),
+        _against_model,
+        _view,
+    ),
+]

@@ -22,7 +22,7 @@ from ..backends.engine import Engine
 from ..ir.capture import capture
 from ..ir.errors import LoweringError, OptionError
 from ..ir.flatten import flatten
-from ..ir.graphs import module_path
+from ..ir.graphs import module_path, output_nodes
 from ..ir.program import Program
 from ..ir.run import run
 from ..ir.signature import Signature, TensorSpec
@@ -71,11 +71,13 @@ class Trace:
     Attributes:
         steps: In the order they ran.
         values: By name; inputs among them.
+        outputs: Names of the results.
         constants: Weights and literals by name.
     """
 
     steps: Sequence[Step]
     values: Mapping[str, Tensor]
+    outputs: Sequence[str]
     constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -170,8 +172,9 @@ class ForeignProgram:
             if node.op == "call_function":
                 steps.append(_step(node))
 
-        run(flatten(self.program), self.program.arranged(inputs), on_node=saw)
-        return Trace(steps, values, constants)
+        flat = flatten(self.program)
+        run(flat, self.program.arranged(inputs), on_node=saw)
+        return Trace(steps, values, [node.name for node in output_nodes(flat.main)], constants)
 
 
 def foreign_of(other: Any, model: Program, *, trust: bool = False) -> Foreign:

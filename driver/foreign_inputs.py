@@ -67,7 +67,7 @@ def symbols_of(ports: Sequence[Port], flat: Sequence[Tensor]) -> dict[str, int]:
     found: dict[str, int] = {}
     for port, value in zip(ports, flat, strict=True):
         for size, actual in zip(port.shape, value.shape, strict=True):
-            if isinstance(size, str) and size.isidentifier() or _is_anonymous(size):
+            if isinstance(size, str) and (size.isidentifier() or _is_anonymous(size)):
                 found.setdefault(str(size), actual)
             if isinstance(size, int) and size != actual:
                 raise OptionError(
@@ -148,7 +148,7 @@ def _like(
 def _sums(symbols: Sizes) -> dict[str, tuple[str, str]]:
     """Return the names that can only be the sum of two others, as a total of past and new keys."""
     names = list(symbols)
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for total in names:
         pairs = [
             (a, b)
@@ -161,9 +161,9 @@ def _sums(symbols: Sizes) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _is_anonymous(size: int | str) -> bool:
+def _is_anonymous(size: str) -> bool:
     """Whether a dimension has the name its input and axis give it, as `x.0`."""
-    return isinstance(size, str) and size.rpartition(".")[2].isdigit()
+    return "." in size and size.rpartition(".")[2].isdigit()
 
 
 def _evaluate(size: int | str, sizes: Sizes) -> int:
@@ -186,7 +186,7 @@ def _value(tree: ast.expr, sizes: Sizes) -> int:
     if isinstance(tree, ast.Name):
         return sizes[tree.id]
     if isinstance(tree, ast.BinOp):
-        function = _OPERATORS[type(tree.op)]  # type: ignore[index]
+        function = _OPERATORS[type(tree.op)]
         return int(function(_value(tree.left, sizes), _value(tree.right, sizes)))
     raise KeyError(ast.dump(tree))
 

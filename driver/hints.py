@@ -28,6 +28,7 @@ class Claim:
         ours: The constant of the part; None when unknown.
         word: What the constant is called.
         ops: Operators that have the attribute.
+        absent: Whether a constant that is None is known not to be there, and not unknown.
     """
 
     name: str
@@ -35,10 +36,11 @@ class Claim:
     ours: Callable[[Any], Any]
     word: str
     ops: tuple[str, ...]
+    absent: bool = False
 
 
 _FUSED = ("GroupQueryAttention", "MultiHeadAttention", "Attention")
-_CAPPED = ("GroupQueryAttention",)
+_GROUPED = ("GroupQueryAttention",)
 _NORMS = (
     "LayerNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization", "RMSNormalization",
@@ -53,16 +55,22 @@ def _scale(value: Any, region: Attention) -> Any:
 
 ATTENTION = (
     Claim("local_window_size", lambda v, _: None if v in (None, -1) else v,
-          lambda r: r.window, "window", ("GroupQueryAttention",)),
-    Claim("softcap", lambda v, _: v or None, lambda r: r.softcap, "softcap", _CAPPED),
+          lambda r: r.window, "window", _GROUPED, absent=True),
+    Claim("softcap", lambda v, _: v or None, lambda r: r.softcap, "softcap", _GROUPED, absent=True),
     Claim("scale", _scale, lambda r: r.scale, "scale", _FUSED),
+    Claim("rotary_embedding_dim", lambda v, r: v or r.head_dim,
+          lambda r: r.rotary.dims, "rotary dims", ("RotaryEmbedding",)),
     Claim("num_heads", lambda v, _: v, lambda r: r.heads, "heads", _FUSED),
-    Claim("kv_num_heads", lambda v, _: v, lambda r: r.kv_heads, "kv_heads",
-          ("GroupQueryAttention",)),
+    Claim("kv_num_heads", lambda v, _: v, lambda r: r.kv_heads, "kv_heads", _GROUPED),
 )  # fmt: skip
-NORM = (
-    Claim("epsilon", lambda v, _: 1e-5 if v is None else v, lambda r: r.eps, "eps", _NORMS),
-)
+NORM = (Claim("epsilon", lambda v, _: 1e-5 if v is None else v, lambda r: r.eps, "eps", _NORMS),)
+
+
+def kind_of(op: str) -> type[Region] | None:
+    """Return the kind of part an operator stands for; None for one that may be anywhere."""
+    if op in _FUSED:
+        return Attention
+    return Norm if op in _NORMS else None
 
 
 def hints_for(step: Step, literals: Mapping[str, Any], region: Region | None) -> Iterator[str]:
@@ -73,13 +81,13 @@ def hints_for(step: Step, literals: Mapping[str, Any], region: Region | None) ->
         literals: Its attributes and the small constants it reads.
         region: The part.
     """
-    claims = {Attention: ATTENTION, Norm: NORM}.get(type(region), ())  # type: ignore[arg-type]
+    claims = {Attention: ATTENTION, Norm: NORM}.get(type(region), ())
     for claim in claims:
         if step.op not in claim.ops:
             continue
         given = step.attributes.get(claim.name)
         theirs, ours = claim.says(given, region), claim.ours(region)
-        if not _agree(theirs, ours):
+        if (ours is not None or claim.absent) and not _agree(theirs, ours):
             said = "is left out" if given is None else f"is {_number(given)}"
             yield f"{claim.name} {said}; the model has {claim.word} {_number(ours)}"
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ir.graphs import module_path
 from ..ir.program import Program
 from ..ir.recognize.core import Core, cores_of
+from ..ir.regions import local_path
 from ..ir.run import run
 from .fingerprint import Index
 from .numerics import relative
@@ -42,7 +42,7 @@ class Known:
 
     def __str__(self) -> str:
         """Name the value in the model."""
-        path = module_path(self.node)
+        path = ".".join(filter(None, (self.instance, local_path(self.node))))
         place = f"{path} ({self.node.name})" if path else self.node.name
         return f"{self.part} of {place}" if self.part else place
 

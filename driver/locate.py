@@ -20,7 +20,7 @@ from ..ir.recognize import Attention, FeedForward, Norm
 from ..ir.regions import Region, regions
 from .fingerprint import Fingerprint, Index, fingerprint
 from .foreign import Step, Trace
-from .hints import hints_for
+from .hints import hints_for, kind_of
 from .landmarks import Known, index_of
 from .numerics import within_rounding
 
@@ -80,8 +80,8 @@ def locate(
     roots = evidence.roots()
     if not roots:
         return None
-    step = roots[0]
-    region = _region(program, evidence, step)
+    step = evidence.cause(roots[0])
+    region = _nearest_region(program, evidence, step)
     literals = dict(step.attributes) | evidence.literals(step)
     return Suspect(
         node=step.name,
@@ -124,16 +124,40 @@ class _Evidence:
             and not any(name in guilty for name in step.reads)
         ]
 
+    def cause(self, step: Step) -> Step:
+        """Return the step that spoils what a step with several results reads, or the step itself.
+
+        One right result of a fused operator redeems all it reads, though it may depend on none of
+        it but one value: present values are right where rotated queries are not. So a step before
+        it is at fault if it makes something unknown for it alone of activations that are known.
+        """
+        if len(step.writes) == 1:
+            return step
+        wanted = set(step.reads)
+        for earlier in self.trace.steps:
+            made = wanted & set(earlier.writes)
+            if any(self._is_unknown(name) for name in made) and any(
+                self.is_known(name) for name in earlier.reads
+            ):
+                return earlier
+        return step
+
+    def _is_unknown(self, name: str) -> bool:
+        print_ = self.prints.get(name)
+        return print_ is not None and not print_.is_mask and not self.is_known(name)
+
     def _guilty(self) -> set[str]:
         """Return the values that are unknown, as is all that is computed of them.
 
-        A mask that is known says nothing about numbers it was made of, only about other masks.
+        A value that leads to no result is nobody's fault; runtimes leave some of them empty. A mask
+        that is known says nothing about numbers it was made of, only about other masks.
         """
         readers: dict[str, list[Step]] = {}
         for step in self.trace.steps:
             for name in step.reads:
                 readers.setdefault(name, []).append(step)
         redeems: dict[str, set[bool]] = {}  # value -> known values of both kinds it leads to
+        needed = set(self.trace.outputs)
         for step in reversed(self.trace.steps):
             for name in step.writes:
                 reached = {
@@ -146,10 +170,13 @@ class _Evidence:
                 if print_ is not None and self.is_known(name):
                     reached.add(print_.is_mask)
                 redeems[name] = reached
+            if needed & set(step.writes):
+                needed |= set(step.reads)
         return {
             name
             for name, reached in redeems.items()
-            if (print_ := self.prints.get(name)) is not None
+            if name in needed
+            and (print_ := self.prints.get(name)) is not None
             and not (reached if print_.is_mask else reached - {True})
         }
 
@@ -176,6 +203,17 @@ def _same(value: Tensor, other: Tensor) -> bool:
     return within_rounding(value, other, None)
 
 
+def _nearest_region(program: Program, evidence: _Evidence, step: Step) -> Region | None:
+    """Return the part of the model a step stands for, or else one of those that use its result."""
+    reached = set(step.writes)
+    found = _region(program, evidence, step)
+    for later in evidence.trace.steps if found is None else ():
+        if reached & set(later.reads):
+            reached |= set(later.writes)
+            found = found or _region(program, evidence, later)
+    return found
+
+
 def _region(program: Program, evidence: _Evidence, step: Step) -> Region | None:
     """Return the smallest part of the model that holds or reads most of what a step reads."""
     reads = [set(_places(evidence.found.get(name, ()))) for name in step.reads]
@@ -189,22 +227,26 @@ def _region(program: Program, evidence: _Evidence, step: Step) -> Region | None:
     def score(region: Region) -> tuple[int, int, int]:
         inside = {(region.instance, node) for node in region.nodes}
         around = inside | {(region.instance, node) for node in region.inputs}
-        held = {id(region.tensor(n)) for n in around_weights(region)}
+        held = {id(tensor) for tensor in _weights_of(region)}
         return (
             sum(bool(places & around) for places in reads) + len(held & weights),
             sum(bool(places & inside) for places in reads),
             -len(region.nodes),
         )
 
-    candidates = list(regions(program, Attention, FeedForward, Norm))  # type: ignore[type-abstract]
+    kind = kind_of(step.op)
+    kinds: tuple[type[Region], ...] = (kind,) if kind else (Attention, FeedForward, Norm)
+    candidates = list(regions(program, *kinds))
     best = max(candidates, key=score, default=None)
     return best if best is not None and score(best)[0] else None
 
 
-def around_weights(region: Region) -> Iterator[Any]:
+def _weights_of(region: Region) -> Iterator[Tensor]:
     """Yield the weights that the nodes of a region read."""
     for node in region.nodes:
-        yield from (source for source in node.all_input_nodes if source.op == "get_attr")
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                yield region.tensor(source)
 
 
 def _places(known: Sequence[Known]) -> Iterator[tuple[str | None, Any]]:

@@ -209,6 +209,9 @@ class Checkpoint:
                 needed.update(place for _, place in places)
             elif _HASH.fullmatch(path.stem) or path.name.startswith(disk.TEMPORARY):
                 path.unlink()
+        for path in _files(self.folder):
+            if path.name.startswith(disk.TEMPORARY):
+                path.unlink()
         for path in _files(self.folder / BLOBS):
             leftover = path.name.startswith(disk.TEMPORARY)
             if leftover or (_HASH.fullmatch(path.name) and path.name not in needed):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from torch.export import Dim
 from blockwright.ir.capture import capture
 from blockwright.ir.program import Program
 from blockwright.models.gpt import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    from blockwright.testing.toys import Toy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +60,42 @@ def tokens() -> Tensor:
 def program(gpt: GPT, tokens: Tensor) -> Program:
     """The captured GPT, batch dynamic. Programs do not change, so all tests share it."""
     return capture(gpt, (tokens,), dynamic_shapes=({0: Dim("batch", min=1, max=64)},))
+
+
+@pytest.fixture(scope="session")
+def toy_gpt() -> Toy:
+    """Trained on the spot, as are the other toys; only slow tests have the minutes."""
+    from blockwright.testing import toys
+
+    return toys.gpt()
+
+
+@pytest.fixture(scope="session")
+def toy_llama() -> Toy:
+    from blockwright.testing import toys
+
+    return toys.llama()
+
+
+@pytest.fixture(scope="session")
+def toy_bert() -> Toy:
+    from blockwright.testing import toys
+
+    return toys.bert()
+
+
+@pytest.fixture(scope="session")
+def toy_vit() -> Toy:
+    from blockwright.testing import toys
+
+    return toys.vit()
+
+
+@pytest.fixture(scope="session")
+def toy_dit() -> Toy:
+    from blockwright.testing import toys
+
+    return toys.dit()
 
 
 @pytest.fixture

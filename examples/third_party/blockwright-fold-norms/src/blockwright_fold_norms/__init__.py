@@ -1,0 +1,5 @@
+"""The pass `fold-norms` for blockwright."""
+
+from .fold_norms import FoldNorms
+
+__all__ = ["FoldNorms"]
