@@ -115,4 +115,4 @@ def test_verify_says_whether_an_engine_is_what_it_claims(folder: Path) -> None:
 def test_verify_refuses_what_it_cannot_compare(folder: Path) -> None:
     result = call("verify", "tiny.py:tiny", "tiny.py:tiny")
     assert result.exit_code == 2
-    assert "give a saved engine and the model it was made of" in result.stderr
+    assert "or a saved engine and the model it was made of" in result.stderr

@@ -73,8 +73,14 @@ def test_a_module_of_the_joint_name() -> None:
 
 
 def test_a_weight_that_is_also_read_as_it_was() -> None:
-    formula = lambda s, x: torch.addmm(s.b, x, s.w) + x @ s.w  # noqa: E731
-    check(Formula(formula, w=square(0), b=square(1)[0]), [Canonicalize()], 1e-6)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(9))
+    formula = lambda s, x: F.linear(x, s.w) + x @ s.w  # noqa: E731
+    program = capture(Formula(formula, w=square(0)), (x,))
+    doubled = Formula(lambda s, x: F.linear(x, s.w), w=2 * square(0))
+    new = program.replace(program.regions(Linear)[0], doubled)
+    verify(new)
+    expected = F.linear(x, 2 * square(0)) + x @ square(0)
+    torch.testing.assert_close(run(new, [x])[0], expected)
 
 
 def test_tied_weights_keep_their_name_and_stay_tied() -> None:

@@ -76,7 +76,7 @@ def test_fuzz_saves_what_breaks_and_prints_seeds(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     assert data["property"] == "is_narrow"
     assert data["config"]["dim"] == 4  # the simplest that breaks it, in the order they are drawn
-    assert data["config"].keys() <= {"dim", "batch", "seq"}
+    assert data["config"].keys() <= {"family", "dim", "batch", "seq"}
     assert "is_narrow" in str(tally)
     assert lines[0].split()[0].isdigit()
 
