@@ -96,9 +96,10 @@ recognition: env ## Find out what recognition finds in real models; rewrites doc
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recognition.py
 
 .PHONY: bench
-bench: env ## Measure: MiniLM against its peers, and how compile time grows with depth.
+bench: env ## Measure: MiniLM against its peers, and how compiling and capturing grow with depth.
 	$(BIN)/python benchmarks/minilm.py
 	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/capture.py
 
 .PHONY: clean
 clean: ## Remove builds and caches; .venv stays.

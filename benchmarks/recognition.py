@@ -29,7 +29,7 @@ weights. Counts are found / expected where the two differ; blocks are counted st
 branches are sublayers of other kinds. Parameters and FLOPs are the shares that `program.explain()`
 calls understood: sublayers, norms, modulations and tables, and what lies around the blocks as long
 as it is as plain as its place. Captured block by block means that blocks of one kind share a graph.
-GPT-2 is looked at after `Canonicalize`, because it stores its weights transposed.
+GPT-2 and Falcon are looked at after `Canonicalize`, because they spell layers as other products.
 """
 
 
