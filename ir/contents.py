@@ -82,6 +82,8 @@ def _parts(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
         return (len(value), *own), (*value, *own.values())
     if isinstance(value, set | frozenset):
         return (frozenset(value), *own), tuple(own.values())
+    if isinstance(value, int | float | complex | str | bytes):  # a subclass of one
+        return (object.__reduce_ex__(value, 2)[1], *own), tuple(own.values())
     return tuple(own), tuple(own.values())
 
 

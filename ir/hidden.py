@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 from torch import nn
@@ -17,25 +17,52 @@ class Unfit(Exception):
 
 
 class _Hidden(dict[str, Any]):
-    """An empty table that remembers which names it hides, and tells whoever asks for one."""
+    """An empty table that remembers which names it hides, and tells whoever asks for one.
 
-    def __init__(self, held: dict[str, Any]) -> None:
+    While the model runs, it also tells whoever walks it: what the model counts or sums is missing.
+    """
+
+    def __init__(self, held: dict[str, Any], running: Callable[[], bool]) -> None:
         super().__init__()
-        self.held = held
+        self.held, self.running = held, running
 
     def __contains__(self, name: object) -> bool:
         if name in self.held:
             raise Unfit(f"something reads {name} of a block from outside")
         return False
 
+    def __len__(self) -> int:
+        self._refuse()
+        return 0
+
+    def __iter__(self) -> Iterator[str]:
+        self._refuse()
+        return iter(())
+
+    def keys(self) -> Any:
+        self._refuse()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._refuse()
+        return super().values()
+
+    def items(self) -> Any:
+        self._refuse()
+        return super().items()
+
+    def _refuse(self) -> None:
+        if self.held and self.running():
+            raise Unfit("the model looks through its blocks while it runs")
+
 
 @contextlib.contextmanager
-def hidden(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Hide what is inside blocks from whoever walks the model."""
+def hidden(blocks: Sequence[nn.Module], running: Callable[[], bool]) -> Iterator[None]:
+    """Hide what is inside blocks from whoever walks the model before `running`."""
     kept = [{name: block.__dict__[name] for name in _TABLES} for block in blocks]
     try:
         for block, tables in zip(blocks, kept, strict=True):
-            block.__dict__.update({name: _Hidden(held) for name, held in tables.items()})
+            block.__dict__.update({name: _Hidden(held, running) for name, held in tables.items()})
         yield
     finally:
         for block, tables in zip(blocks, kept, strict=True):

@@ -51,6 +51,7 @@ class Press:
     _kinds: dict[int, Kind] = field(default_factory=dict)
     _values: Any = field(default_factory=WeakIdKeyDictionary)
     _settling: bool = False
+    _running: bool = False
 
     @contextlib.contextmanager
     def open(self, model: nn.Module) -> Iterator[None]:
@@ -58,9 +59,9 @@ class Press:
         idle = [member.block for group in self.groups for member in group.members[1:]]
         with contextlib.ExitStack() as undo:
             undo.enter_context(recorded(self.marks))
-            hook = model.register_forward_hook(lambda _module, _args, out: self._last(out))
-            undo.callback(hook.remove)
-            undo.enter_context(hidden(idle))
+            undo.callback(model.register_forward_pre_hook(self._first).remove)
+            undo.callback(model.register_forward_hook(self._last).remove)
+            undo.enter_context(hidden(idle, lambda: self._running))
             watched = [_watch(group, undo) for group in self.groups]
             for number, group in enumerate(self.groups):
                 for member in group.members:
@@ -150,7 +151,11 @@ class Press:
 
         return pytree.tree_map_only(Tensor, real, nested)
 
-    def _last(self, output: Any) -> Any:
+    def _first(self, _model: nn.Module, _args: Any) -> None:
+        self._running = True
+
+    def _last(self, _model: nn.Module, _args: Any, output: Any) -> Any:
+        self._running = False
         output = self._real(output)
         self._values.clear()
         return output
@@ -175,6 +180,7 @@ class Press:
     def _refuse(self, number: int, reason: str) -> NoReturn:
         self.unfit.add(number)
         self._values.clear()
+        self._running = False
         raise Unfit(reason)
 
 

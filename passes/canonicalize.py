@@ -14,6 +14,7 @@ Passes and backends then need to know one form, and get the fused kernel for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -59,7 +60,8 @@ class Canonicalize(Pass[Spelled, str]):
     Source: RMSNorm, Zhang and Sennrich, 2019, arXiv:1910.07467; GELU, Hendrycks and Gimpel, 2016,
         arXiv:1606.08415; attention, Vaswani et al., 2017, arXiv:1706.03762; grouped queries,
         Ainslie et al., 2023, arXiv:2305.13245.
-    Exact when: always, up to the order of operations inside the op.
+    Exact when: always, up to the order of operations inside the op; but a query whose keys are all
+        hidden behind minus infinity, which was NaN, becomes zero.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -246,8 +248,9 @@ class MaskedAttention(nn.Module):
         """Return what is added to the scores, or which scores stay."""
         if not masks:
             return None
-        if len(masks) == 1 and self.forms[0][0] != "add":
-            return masks[0] if self.forms[0][0] == "keep" else ~masks[0]
+        form, value = self.forms[0]
+        if len(masks) == 1 and form != "add" and value == -math.inf:
+            return masks[0] if form == "keep" else ~masks[0]
         added = []
         for mask, (form, value) in zip(masks, self.forms, strict=True):
             if form != "add":

@@ -40,6 +40,13 @@ class Codes:
     symmetric: bool
     activations: str | None = None
 
+    def __post_init__(self) -> None:
+        require_choice("quantize-weights", "bits", self.bits, (8, 4))
+        if self.group_size < 1:
+            raise OptionError(
+                f"quantize-weights: group_size={self.group_size} holds no weight; use 1 or more."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(Pass[Linear | Embedding, Codes]):

@@ -78,8 +78,7 @@ DIFFUSION: dict[str, RealModel] = {
         {"hidden_states": VIDEO, "timestep": STEPS, "encoder_hidden_states": TEXT,
          "encoder_attention_mask": KEPT, "pooled_projections": POOLED, "guidance": TIMES},
         blocks=(2, 2, 2), networks=8 / 6, mask="padding", activation="silu",
-        gaps={"attentions": 4, "mask": "input"},
-        note="single blocks cut what was attended and join it again"),
+        gaps={"mask": "input"}, note="the refiner masks queries as well as keys"),
     "aura_flow": diffusion(
         "AuraFlowTransformer2DModel",
         {**SIZES, "out_channels": 4, "sample_size": 8, "num_mmdit_layers": 2,

@@ -27,11 +27,6 @@ PVT = {
 CONVNEXT = {"num_stages": 2, "depths": [2, 2], "hidden_sizes": [8, 16]}
 
 
-REDUCED: dict[str, Any] = {
-    "gaps": {"source": "cross"}, "note": "keys of a strided convolution of the queries' source",
-}  # fmt: skip
-
-
 def vision(
     name: str, options: dict[str, Any], kind: str = "ForImageClassification", **expected: Any
 ) -> RealModel:
@@ -47,15 +42,14 @@ VISION_MODELS: dict[str, RealModel] = {
     "vit": vision("ViT", VISION),
     "deit": vision("DeiT", VISION),
     "dinov2": vision("Dinov2", VISION),
-    "beit": vision("Beit", VISION | {"use_relative_position_bias": True}, mask="bias",
-                   gaps={"mask": "input"}, note="the bias is not proved to be one"),
+    "beit": vision("Beit", VISION | {"use_relative_position_bias": True}, mask="bias"),
     "siglip": vision("SiglipVision", VISION, "Model", activation="gelu_tanh", blocks=(3, 1),
                      attentions=0.75),
     "clip_vision": vision("CLIPVision", VISION | {"projection_dim": 8}, "Model",
                           activation="quick_gelu"),
     "swin": vision("Swin", SWIN, blocks=(2, 2), heads=2, mask="bias"),
-    "segformer": vision("Segformer", SEGFORMER, blocks=(2, 2), heads=2, **REDUCED),
-    "pvt": vision("Pvt", PVT, blocks=(2, 2), heads=2, **REDUCED),
+    "segformer": vision("Segformer", SEGFORMER, blocks=(2, 2), heads=2),
+    "pvt": vision("Pvt", PVT, blocks=(2, 2), heads=2),
     "convnext": vision("ConvNext", CONVNEXT, blocks=(2, 2), attentions=0, networks=0, branches=1,
                        norm_place="none"),
     "poolformer": vision("PoolFormer", STAGES | {"padding": [2, 1]}, blocks=(2, 2), attentions=0,

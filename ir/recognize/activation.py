@@ -65,7 +65,9 @@ class _Match:
 
     def call(self, node: Any, name: str, *operands: Any) -> bool:
         """Whether `node` calls `name` on operands that match, sums and products in any order."""
-        if not isinstance(node, fx.Node) or op(node) != name or len(node.args) < len(operands):
+        if not isinstance(node, fx.Node) or op(node) != name or node.kwargs:
+            return False
+        if len(node.args) < len(operands):
             return False
         self.nodes.add(node)
         orders = [operands, operands[::-1]] if name in ("add", "mul") else [operands]
@@ -78,7 +80,7 @@ class _Match:
             return value is self.x
         if isinstance(operand, tuple):
             return self.call(value, *operand)
-        return isinstance(value, int | float) and math.isclose(value, operand, rel_tol=1e-3)
+        return isinstance(value, int | float) and math.isclose(value, operand, rel_tol=1e-5)
 
 
 X = object()

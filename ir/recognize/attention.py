@@ -16,14 +16,16 @@ from torch import fx
 from ..program import Program
 from ..regions import Region, unique_paths
 from .calls import arguments, joint_path, op, shape
+from .convolution import is_reduced
 from .core import Core, Term, cores_of
+from .exits import exits_of
 from .features import sizes
 from .flow import Flow, NotRecognized, flow_of
 from .layer import Layer
 from .mask import Mask, mask_of
 from .norm import Norm
 from .rotary import Rotary
-from .streams import ROLES, Side, Stream, exits_of, sides_of, stream_of
+from .streams import ROLES, Side, Stream, sides_of, stream_of
 
 __all__ = ["Attention", "Stream"]
 
@@ -52,8 +54,9 @@ class Attention(Region):
         softcap: c, where scores are replaced by c * tanh(scores / c); else None.
         masks: What is added to the scores or chooses among them.
         is_causal: Whether a flag of the op makes it causal.
-        source: `self` when queries, keys and values are made of one value, `cross` when keys and
-            values share another, `joint` for several streams, `mixed` for anything else.
+        source: `self` when queries, keys and values are made of one value, or keys and values of
+            the same with fewer tokens, as in PVT; `cross` when keys and values share another;
+            `joint` for several streams; `mixed` for anything else.
         rotary: How queries and keys are rotated by their positions.
     """
 
@@ -207,7 +210,7 @@ def _parts(flow: Flow, core: Core) -> dict[str, Any]:
         "x_v": x_v,
         "masks": core.terms,
         "is_causal": core.causal,
-        "source": _source(streams),
+        "source": _source(flow, streams),
         "rotary": one.rotary if len({s.rotary for s in streams}) == 1 else _agreed(streams),
     }
 
@@ -243,13 +246,13 @@ def _tokens(side: Side) -> Any:
     return sizes(side.value)[arguments(side.joined.anchor).get("dim", 0)]
 
 
-def _source(streams: Sequence[Stream]) -> str:
+def _source(flow: Flow, streams: Sequence[Stream]) -> str:
     if len(streams) > 1:
         return "joint"
     (one,) = streams
-    if one.x_q is one.x_k is one.x_v:
-        return "self"
-    return "cross" if one.x_k is one.x_v else "mixed"
+    if one.x_k is not one.x_v:
+        return "mixed"
+    return "self" if is_reduced(flow, one.x_k, one.x_q) else "cross"
 
 
 def _agreed(streams: Sequence[Stream]) -> Rotary:

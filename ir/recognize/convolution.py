@@ -11,7 +11,8 @@ from typing import Any, Self
 from torch import Tensor, fx
 
 from ..regions import local_path
-from .calls import arguments, op
+from .calls import LAYOUT, arguments, op
+from .flow import Flow
 from .layer import Layer
 from .rows import Rows
 
@@ -47,6 +48,19 @@ def is_patchwise(node: fx.Node) -> bool:
         return False
     stride = _sequence(arguments(node).get("stride", 1))
     return (stride if len(stride) > 1 else stride * len(kernel(node))) == kernel(node)
+
+
+def is_reduced(flow: Flow, value: fx.Node, source: fx.Node) -> bool:
+    """Whether a value is `source` with fewer positions: after convolutions, pooling and norms."""
+    while value is not source:
+        norm = flow.norm_to.get(value)
+        if norm is not None:
+            (value,) = norm.inputs
+        elif is_convolution(value) or op(value) in LAYOUT or "pool" in op(value):
+            value = value.args[0]  # type: ignore[assignment]
+        else:
+            return False
+    return True
 
 
 class Pointwise(Layer):

@@ -23,13 +23,14 @@ from ..shapes import concrete
 from .attention import Attention
 from .block import Block
 from .branch import Branch
-from .calls import LAYOUT, op
+from .calls import LAYOUT, calls_to, op
 from .embedding import Embedding
 from .feed_forward import FeedForward
 from .flow import NotRecognized
 from .modulation import Modulation
 from .norm import Norm
-from .plain import oddity_of
+from .plain import oddity_of, works
+from .spelled import TransposedLinear
 from .surroundings import (
     CONDITION,
     EMBEDDING,
@@ -45,11 +46,8 @@ KINDS: tuple[type[Region], ...] = (
     Attention, FeedForward, Branch, Modulation, Norm, Embedding, Block
 )  # fmt: skip
 AROUND = (EMBEDDING, CONDITION, TRANSITION, HEAD)
-_SPELLED = {
-    "addmm": ("linear", "multiplies with a weight stored as [in, out]; canonicalize first"),
-    "mm": ("linear", "multiplies with a weight stored as [in, out]; canonicalize first"),
-    "softmax": ("attention", "is a softmax of its own; canonicalize joins it with its products"),
-}
+_PRODUCT = "multiplies with a weight and is no `linear`; canonicalize first"
+_SOFTMAX = "is a softmax of its own; canonicalize joins it with its products"
 
 
 @dataclass(frozen=True)
@@ -185,11 +183,10 @@ def near_misses(graph: fx.Graph) -> list[NotRecognized]:
     found += [*FeedForward.misses(graph), *Block.misses(graph)]
     found += [odd for _, odd in unknown_parts(graph)]
     inside = {node for attention in attentions for node in attention.nodes}
-    for node in graph.nodes:
-        nearest, reason = _SPELLED.get(op(node), ("", ""))
-        if nearest and node not in inside:
-            found.append(NotRecognized(nearest, node, reason))
-    return found
+    products = [n for r in find_once(graph, TransposedLinear) for n in r.nodes if works(n)]
+    found += [NotRecognized("linear", node, _PRODUCT) for node in products]
+    softmaxes = [node for node in calls_to(graph, ["softmax"]) if node not in inside]
+    return [*found, *(NotRecognized("attention", node, _SOFTMAX) for node in softmaxes)]
 
 
 def _around(around: Surroundings) -> Counter[str]:

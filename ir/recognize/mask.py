@@ -21,7 +21,7 @@ from ..graphs import remembered
 from ..program import Program
 from .calls import op
 from .expression import Expression, Fill, Place, compute, expression_of, origin_of
-from .scores import Term
+from .scores import Term, choice_of
 
 _HIDDEN = -1e4  # scores this much lower get no probability
 _KINDS = ("causal", "window", "padding", "bias")
@@ -55,9 +55,19 @@ def mask_of(program: Program, instance: str | None, terms: Sequence[Term], causa
     """
     found = [CAUSAL] if causal else []
     for place, form, value in _terms(program, instance, terms):
-        key = (Mask, place, form, value)
-        found.append(remembered(program.main, key, _classifier(program, place, form, value)))
+        found.append(_mask_of(program, place, form, value))
     return _together(found)
+
+
+def _mask_of(program: Program, place: Place, form: str, value: float) -> Mask:
+    """Return what one term does: as a whole, or else what it chooses among and how it chooses."""
+    key = (Mask, place, form, value)
+    found = remembered(program.main, key, _classifier(program, place, form, value))
+    choice = choice_of(place[1]) if found is INPUT and form == "add" else None
+    if choice is None or not isinstance(choice[0], fx.Node):
+        return found
+    scores, condition = choice
+    return mask_of(program, place[0], (Term(scores), condition), causal=False)
 
 
 def _together(found: Sequence[Mask]) -> Mask:
@@ -117,8 +127,8 @@ def _evaluated(program: Program, expression: Expression, form: str, value: float
     kept = _kept(opened, form, value)
     if kept is None:
         counted = all(not n.meta["val"].is_floating_point() for n in expression.inputs)
-        soft = form == "add" and opened.is_floating_point() and bool((opened > _HIDDEN).all())
-        return Mask("bias") if soft and counted else INPUT
+        soft = opened.is_floating_point() and all(_hides_none(v) for v in (opened, *probes))
+        return Mask("bias") if form == "add" and soft and counted else INPUT
     pattern = _pattern(kept, expression)
     if not expression.inputs or pattern is INPUT:
         return pattern
@@ -126,6 +136,10 @@ def _evaluated(program: Program, expression: Expression, form: str, value: float
     if any(masked is None or not _whole_keys(kept, masked) for masked in hidden):
         return INPUT
     return _together([pattern, Mask("padding")])
+
+
+def _hides_none(mask: Tensor | None) -> bool:
+    return mask is not None and bool((mask > _HIDDEN).all())
 
 
 def _values(program: Program, expression: Expression) -> list[Tensor | None]:
@@ -151,10 +165,9 @@ def _striped(inputs: frozenset[fx.Node], shift: int) -> Fill:
 def _kept(mask: Tensor, form: str, value: float) -> Tensor | None:
     """Return which scores stay; None when the mask is no choice of scores."""
     if form == "add":
-        if not mask.is_floating_point():
-            return None
         hidden = mask <= _HIDDEN
-        return ~hidden if bool((hidden | (mask == 0)).all()) else None
+        even = (mask == mask[..., :1]).all(dim=-1, keepdim=True)  # adds nothing to any probability
+        return ~hidden if bool((hidden | (mask == 0) | even).all()) else None
     if value > _HIDDEN or mask.dtype != torch.bool:
         return None
     return mask if form == "keep" else ~mask

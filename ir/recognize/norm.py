@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..graphs import aten
 from ..regions import Region, local_path, unique_paths
-from .calls import arguments, calls_to
+from .calls import arguments, calls_any, calls_to
 
 _OPS = {
     aten.layer_norm.default: ("layer_norm", ("input", "size", "weight", "bias", "eps")),
@@ -93,7 +93,10 @@ def _op_parts(node: Any) -> dict[str, Any] | None:
 
 
 def _written_out(node: Any) -> dict[str, Any] | None:
-    """Match `x * rsqrt(mean(x * x) + eps)`, then perhaps a cast and a weight, from its root."""
+    """Match `x * rsqrt(mean(x * x) + eps)`, then perhaps a cast and a weight, from its root.
+
+    An `x` that is itself `y - mean(y)` may be computed twice.
+    """
     if node.target not in (aten.rsqrt.default, aten.sqrt.default) or len(node.users) != 1:
         return None
     added = _alone(node.args[0], aten.add.Tensor)
@@ -102,18 +105,23 @@ def _written_out(node: Any) -> dict[str, Any] | None:
     (last,) = node.users
     if not square or mean.args[1] != [-1] or not isinstance(added.args[1], int | float):
         return None
-    if added.kwargs or not (len(mean.args) > 2 and mean.args[2]):
+    if added.kwargs or mean.kwargs or not (len(mean.args) > 2 and mean.args[2]):
         return None  # a scaled sum, or a mean that lost its axis
     wide = square.args[0]
     x = wide.args[0] if wide.target is aten.to.dtype else wide
     scaled = aten.mul.Tensor if node.target is aten.rsqrt.default else aten.div.Tensor
-    if last.target is not scaled or not {wide, x} & set(last.args):
+    others = [n for n in last.all_input_nodes if n is not node]
+    if last.target is not scaled or len(others) != 1:
+        return None
+    twins = [n for n in others if _alone(n, aten.sub.Tensor) and _repeats(n, wide)]
+    if not twins and others[0] not in (wide, x):
         return None
     if scaled is aten.div.Tensor and last.args[1] is not node:
         return None
     owns_cast = wide is not x and {square, last}.issuperset(wide.users)
-    first = (*((wide,) if owns_cast else ()), square, mean, added, node)
-    return _scaled(first, last, x, x if owns_cast else wide, added.args[1])
+    first = (*((wide,) if owns_cast else ()), *twins, square, mean, added, node)
+    parts = _scaled(first, last, x, x if owns_cast else wide, added.args[1])
+    return _centred(parts) if twins else parts
 
 
 def _of_variance(node: Any) -> dict[str, Any] | None:
@@ -178,8 +186,9 @@ def _centred(parts: dict[str, Any]) -> dict[str, Any] | None:
     if not parts.get("written_out") or centred.target is not aten.sub.Tensor or centred.kwargs:
         return None
     x, mean = centred.args
-    mean = _alone(mean, aten.mean.dim) if isinstance(mean, fx.Node) else None
-    if mean is None or mean.args != (x, [-1], True) or not inside.issuperset(centred.users):
+    if not calls_any(mean, aten.mean.dim) or mean.args != (x, [-1], True):
+        return None
+    if not inside.issuperset({*centred.users, *mean.users} - {centred}):
         return None
     result = parts["outputs"][0]
     last = next(iter(result.users)) if len(result.users) == 1 else result
@@ -194,6 +203,12 @@ def _centred(parts: dict[str, Any]) -> dict[str, Any] | None:
         "inputs": (x,),
         "outputs": (last if shifts else result,),
     }
+
+
+def _repeats(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a node computes what another does, once more."""
+    same = node.target is other.target and node.args == other.args and node.kwargs == other.kwargs
+    return node is not other and same
 
 
 def _alone(node: Any, target: object) -> Any:

@@ -19,6 +19,8 @@ from .norm import Norm
 from .rotary import UNMIXED, Mix, Part, complex_product, negated, put_together, summed
 from .written import written_of
 
+_WHOLE = LAYOUT - SPLITS - {"getitem", "slice", "select", "narrow"}  # keep parts of a table apart
+
 
 class Origin(NamedTuple):
     """Where a value comes from.
@@ -150,7 +152,7 @@ class Origins(dict[fx.Node, Origin]):
         origin = self[value]
         if origin.anchor not in self.projected or self[other].anchor in self.projected:
             return None
-        foreign = tuple(dict.fromkeys((*origin.foreign, peel(other))))
+        foreign = tuple(dict.fromkeys((*origin.foreign, peel(other, _WHOLE))))
         if op(node) == "mul" and node.meta["val"].is_complex():
             mix = complex_product(node, foreign[-1])
             return origin._replace(foreign=foreign, mix=mix, mixed=True)

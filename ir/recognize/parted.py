@@ -1,4 +1,4 @@
-"""Parts of a fused layer, taken by `chunk`, by `split`, or by `unbind` of a view of its features."""
+"""Parts of a fused layer: by `chunk`, by `split`, or by `unbind` of a view of its features."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def _parts(node: Any) -> dict[str, Any] | None:
     given = arguments(node)
     value: fx.Node = node.args[0]
     axis = given.get("dim", 0) % len(shape(value))
-    nodes, inner = (node,), shape(value)[axis + 1 :]
+    nodes: tuple[Any, ...] = (node,)
+    inner = shape(value)[axis + 1 :]
     if op(node) == "unbind":
         source: Any = value.args[0] if op(value) in _VIEWS and len(value.users) == 1 else value
         if source is value or not _lays_out(source, value, axis):

@@ -46,6 +46,9 @@ def _repeated_parts(node: Any) -> dict[str, Any] | None:
     if None in expanded or options.get("dropout_p"):
         return None
     (k_nodes, k0), (v_nodes, v0) = expanded  # type: ignore[misc]
+    heads, kv_heads = (n.meta["val"].shape[1] for n in (q, k0))
+    if isinstance(heads, int) and heads % kv_heads:
+        return None
     given = (q, k0, v0) if mask is None else (q, k0, v0, mask)
     return {
         "nodes": tuple(dict.fromkeys((*k_nodes, *v_nodes, node))),

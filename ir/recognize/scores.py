@@ -73,6 +73,8 @@ def forward(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node], str]:
         node = steps[0]
         if op(node) == "dropout":
             gap = "drops probabilities at random"
+        elif op(node) == "slice":
+            gap = gap or "leaves probabilities out"
         elif op(node) in _VIEWS and not _keeps(node):
             break
         elif op(node) in _VIEWS:
@@ -126,6 +128,8 @@ def _view(node: fx.Node, found: Scores) -> Any:
 
 def _scaled(node: fx.Node, found: Scores) -> Any:
     """Pass a product or quotient with a number: a scale, or the outer half of a cap."""
+    if node.kwargs:  # a quotient that is rounded
+        return None
     left, right = node.args[:2]
     if isinstance(left, int | float) and op(node) == "mul":
         left, right = right, left
@@ -175,34 +179,45 @@ def _added(node: fx.Node, found: Scores) -> Scores | None:
 def _without_largest(node: fx.Node, found: Scores) -> Any:
     """Pass the subtraction of each row's largest score, which changes no probability."""
     scores, largest = node.args[:2]
-    if isinstance(largest, fx.Node) and op(largest) == "getitem":
+    if isinstance(largest, fx.Node) and op(largest) == "getitem" and largest.args[1] == 0:
         found.nodes.add(largest)
         largest = largest.args[0]
-    if isinstance(largest, fx.Node) and op(largest) in ("amax", "max"):
+    if isinstance(largest, fx.Node) and op(largest) in ("amax", "max") and not node.kwargs:
         found.nodes.add(largest)
-        return scores if largest.args[0] is scores else None
+        return scores if largest.args[0] is scores and _of_rows(largest) else None
     return None
 
 
-def _filled(node: fx.Node, found: Scores) -> Any:
-    scores, mask, value = node.args[:3]
-    return _conditional(found, mask, "drop", value, scores)
+def _of_rows(largest: fx.Node) -> bool:
+    """Whether a maximum is one number for all keys of a query."""
+    axes, rank = arguments(largest).get("dim", ()), len(shape(largest.args[0]))  # type: ignore[arg-type]
+    axes = [axes] if isinstance(axes, int) else axes
+    return not axes or rank - 1 in [axis % rank for axis in axes]
+
+
+def choice_of(node: fx.Node) -> tuple[Any, Term] | None:
+    """Return what a `where` or `masked_fill` keeps or sets to a number, and the condition."""
+    options: list[tuple[Any, Any, str]] = []
+    if op(node) == "masked_fill":
+        scores, mask, fill = node.args[:3]
+        options = [(scores, fill, "drop")]
+    elif op(node) == "where" and len(node.args) == 3:
+        mask, yes, no = node.args
+        options = [(yes, no, "keep"), (no, yes, "drop")]
+    for scores, fill, form in options:
+        number = _number(fill)
+        if number is not None and isinstance(mask, fx.Node):
+            return scores, Term(mask, form, number)
+    return None
 
 
 def _chosen(node: fx.Node, found: Scores) -> Any:
-    mask, yes, no = node.args[:3]
-    for scores, fill, form in ((yes, no, "keep"), (no, yes, "drop")):
-        value = _number(fill)
-        if value is not None:
-            return _conditional(found, mask, form, value, scores)
-    return None
-
-
-def _conditional(found: Scores, mask: Any, form: str, value: Any, scores: Any) -> Any:
-    number = _number(value)
-    if number is None or not isinstance(mask, fx.Node):
+    """Pass a choice between the scores and a number."""
+    choice = choice_of(node)
+    if choice is None:
         return None
-    found.mask(Term(mask, form, number))
+    scores, term = choice
+    found.mask(term)
     return scores
 
 
@@ -222,8 +237,7 @@ _STEPS: dict[str, Any] = {
     "div": _scaled,
     "add": _added,
     "sub": _without_largest,
-    "masked_fill": _filled,
-    "where": _chosen,
+    **dict.fromkeys(("masked_fill", "where"), _chosen),
     "cat": _with_sink,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, fx
 
 from ..graphs import aten, positions
@@ -16,7 +17,7 @@ from ..program import Program
 from ..regions import Region, find_once, local_path, unique_paths
 from .activation import Activation, activation_of
 from .attention import Attention
-from .calls import calls_any, op
+from .calls import calls_any, op, shape
 from .core import Core, cores_of
 from .layer import Layer
 
@@ -150,7 +151,28 @@ def _gap(core: Core) -> str:
         return "hides scores behind a number that is not the lowest"
     if any(term.node.meta["val"].dim() < 2 for term in core.terms):
         return "has a mask of less than two axes"
+    return _gap_inside(core)
+
+
+def _gap_inside(core: Core) -> str:
+    """Say what the op cannot take of the nodes between queries and result."""
+    read = core.query.meta["val"].dtype
+    values = [n.meta["val"] for n in core.nodes if isinstance(n.meta["val"], Tensor)]
+    types = {value.dtype for value in values if value.dtype.is_floating_point}
+    if any(torch.finfo(dtype).eps > torch.finfo(read).eps for dtype in types):
+        return "computes in a narrower type than it reads"
+    products = [shape(n) for n in core.nodes if op(n) in _PRODUCTS and n is not core.node]
+    softmaxes = [shape(n) for n in core.nodes if op(n) in ("softmax", "_softmax")]
+    before, after = ({tuple(sorted(map(str, s))) for s in found} for found in (products, softmaxes))
+    if before != after:
+        return "has a mask with axes that its scores do not have"
+    heads = [shape(side)[-3] for side in (core.query, core.key) if len(shape(side)) == 4]
+    if not core.orders and len(heads) == 2 and str(heads[1]) not in ("1", str(heads[0])):
+        return "has fewer heads of queries than of keys"
     return ""
+
+
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 
 
 LOWEST = -(2.0 - 2.0**-23) * 2.0**127  # of float32
@@ -180,9 +202,7 @@ def _product(node: Any) -> dict[str, Any] | None:
         return None
     x, weight = node.args
     turned = weight.op == "get_attr"
-    if op(weight) in ("t", "numpy_T", "mT", "transpose") or (
-        op(weight) == "permute" and list(weight.args[1]) == [1, 0]
-    ):
+    if _turns(weight):
         weight = weight.args[0]
     if weight.op != "get_attr" or weight.meta["val"].dim() != 2 or x.meta["val"].dim() < 2:
         return None
@@ -200,6 +220,16 @@ def _product(node: Any) -> dict[str, Any] | None:
         "bias_node": others[0] if biased else None,
         "turned": turned,
     }
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a node exchanges the axes of a matrix."""
+    axes: Any = node.args[1:]
+    if op(node) == "transpose":
+        return {axis % 2 for axis in axes} == {0, 1}
+    if op(node) == "permute":
+        return [axis % 2 for axis in axes[0]] == [1, 0]
+    return op(node) in ("t", "numpy_T", "mT")
 
 
 def _with_views(node: Any, x: Any) -> tuple[tuple[fx.Node, ...], fx.Node]:

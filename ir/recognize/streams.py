@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from torch import fx
 
 from ..program import Program
 from ..regions import changed
-from .calls import LAYOUT, SPLITS, arguments, is_layer, op, peel, readers, shape
+from .calls import arguments, is_layer, op, peel, shape
 from .core import Core
-from .features import sizes
+from .exits import Exit
 from .flow import Flow
 from .layer import Layer
 from .norm import Norm
@@ -26,7 +26,6 @@ from .origin import Origin
 from .rotary import Rotary
 
 ROLES = ("query", "key", "value")
-_UNCUT = LAYOUT - SPLITS - {"slice", "narrow"}
 
 
 @dataclass(frozen=True)
@@ -109,21 +108,6 @@ class Side:
         return next((one for one in found if one.kind != "none"), found[0])
 
 
-@dataclass(frozen=True)
-class Exit:
-    """The way of attended values from the core to one stream.
-
-    Attributes:
-        output: Projection of the joined heads, if that is where it ends.
-        result: Its result, or the joined heads; None when nothing reads them.
-        nodes: The nodes on the way.
-    """
-
-    output: Layer | None
-    result: fx.Node | None
-    nodes: frozenset[fx.Node]
-
-
 def sides_of(flow: Flow, value: fx.Node) -> list[Side]:
     """Return the parts a query, key or value of the core is joined of along the sequence."""
     joined = flow.origins[value]
@@ -149,109 +133,6 @@ def token_axis(flow: Flow, node: fx.Node) -> int | None:
         if features is None or features.axes is None or features.axes[axis] is not None:
             return None
     return axis or None
-
-
-def exits_of(core: Core, counts: Sequence[Any]) -> list[Exit]:
-    """Follow attended values to the layer that reads them, stream by stream.
-
-    Args:
-        core: Where they come from.
-        counts: Tokens of every stream, in the order they were joined.
-    """
-    if len(counts) == 1:
-        return [_exit(*_along(core.node, LAYOUT))]
-    node, way, users = _along(core.node, _UNCUT)
-    parts = _parts(users, counts)
-    if parts is None:
-        whole = Exit(None, node, frozenset(way))
-        return [whole] * len(counts)
-    exits = []
-    for part, between in parts:
-        if part is None:
-            exits.append(Exit(None, None, frozenset()))
-            continue
-        last, further, following = _along(part, LAYOUT)
-        exits.append(_exit(last, [*way, *between, *further], following))
-    return exits
-
-
-def _along(node: fx.Node, through: frozenset[str]) -> tuple[fx.Node, list[fx.Node], list[fx.Node]]:
-    """Return the last node that only lays a value out, the way to it, and who reads it."""
-    way = [node]
-    while True:
-        users = readers(node)
-        if len(users) != 1 or op(users[0]) not in through:
-            return node, way, users
-        (node,) = users
-        way.append(node)
-
-
-def _exit(node: fx.Node, way: list[fx.Node], users: list[fx.Node]) -> Exit:
-    """Return where joined heads end: in a layer, in a share of one, or as they are."""
-    if len(users) == 1:
-        (user,) = users
-        if is_layer(user) and user.args[0] is node:
-            output = Layer.of(user, Layer.all_features(user))
-            return Exit(output, user, frozenset((*way, user)))
-        columns = _columns(user, node)
-        if columns is not None:
-            (layer,) = readers(user)
-            return Exit(Layer.of(layer, Layer.all_features(layer), columns), node, frozenset(way))
-    return Exit(None, node, frozenset(way))
-
-
-def _columns(cat: fx.Node, value: fx.Node) -> tuple[int, int] | None:
-    """Return which columns of a layer read a value that is joined with others for it."""
-    following = readers(cat)
-    if op(cat) != "cat" or len(following) != 1 or not is_layer(following[0]):
-        return None
-    rank, parts = len(shape(cat)), list(cat.all_input_nodes)
-    if arguments(cat).get("dim", 0) % rank != rank - 1 or len(parts) != len(cat.args[0]):  # type: ignore[arg-type]
-        return None
-    widths = [shape(part)[-1] for part in parts]
-    start = sum(int(width) for width in widths[: parts.index(value)])
-    return start, start + int(shape(value)[-1])
-
-
-Part = tuple[fx.Node | None, list[fx.Node]]
-
-
-def _parts(users: list[fx.Node], counts: Sequence[Any]) -> list[Part] | None:
-    """Match the pieces that attended values are cut into with the streams."""
-    starts = [sum(counts[:index]) for index in range(len(counts))]
-    found: list[Part] = [(None, [])] * len(counts)
-    for piece, start, size, between in _pieces(users):
-        if start not in starts or counts[starts.index(start)] != size:
-            return None
-        found[starts.index(start)] = (piece, between)
-    return found
-
-
-def _pieces(users: list[fx.Node]) -> list[tuple[fx.Node, Any, Any, list[fx.Node]]]:
-    """Return what a value is cut into along the sequence: node, start, size, nodes between."""
-    found: list[tuple[fx.Node, Any, Any, list[fx.Node]]] = []
-    for user in users:
-        given = arguments(user)
-        axis = given.get("dim", 0)
-        if op(user) == "slice":
-            start = _expression(given.get("start") or 0)
-            if isinstance(start, int) and start < 0:
-                start = start + sizes(user.args[0])[axis]  # type: ignore[arg-type]
-            found.append((user, start, sizes(user)[axis], []))
-        elif op(user) in SPLITS:
-            widths = [_expression(part.shape[axis]) for part in user.meta["val"]]
-            for pick in readers(user):
-                index: Any = pick.args[1]
-                found.append((pick, sum(widths[:index]), widths[index], [user]))
-        else:
-            found.append((user, None, None, []))
-    return found
-
-
-def _expression(value: Any) -> Any:
-    """Return a size as an expression that compares without guards."""
-    value = value.meta.get("val") if isinstance(value, fx.Node) else value
-    return value if isinstance(value, int) else value.node.expr
 
 
 def _rotary(flow: Flow, origin: Origin, x: fx.Node) -> Rotary:

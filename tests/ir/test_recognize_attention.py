@@ -177,6 +177,50 @@ def test_joined_keys_alone_are_no_streams() -> None:
     assert reasons["attention.key"] == "joins several projections"
 
 
+class Reduced(nn.Module):
+    """Keys and values of every second token, mixed with the next one."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.conv, self.norm, self.act = nn.Conv1d(8, 8, 2, stride=2), nn.LayerNorm(8), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = self.norm(self.act(self.conv(x.transpose(1, 2))).transpose(1, 2))
+        q, k, v = (
+            y.unflatten(-1, (2, 4)).transpose(1, 2) for y in (self.q(x), self.k(few), self.v(few))
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        merged: Tensor = self.o(y)
+        return merged
+
+
+@pytest.mark.parametrize(("act", "source"), [(nn.Identity(), "self"), (nn.Softmax(-1), "cross")])
+def test_keys_of_fewer_tokens(act: nn.Module, source: str) -> None:
+    assert only(Reduced(act)).source == source
+
+
+@pytest.mark.parametrize(
+    ("cut", "is_whole"),
+    [
+        (lambda y: (y[:, :, :2], y[:, :, 2:]), True),
+        (lambda y: (y[:, :, :-4], y[:, :, -4:]), True),
+        (lambda y: (y[:, :, :3], y[:, :, :3]), False),
+        (lambda y: (y[:, :, ::2], y[:, :, 3:]), False),
+    ],
+)
+def test_attended_values_cut_and_joined_again(
+    cut: Callable[[Tensor], tuple[Tensor, ...]], is_whole: bool
+) -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat(cut(F.scaled_dot_product_attention(q, k, v)), dim=2)
+
+    program = capture(Toy(core).eval(), (X,))
+    (attention,) = program.attentions()
+    assert (attention.output is not None) is is_whole
+    replays(program, [X])
+
+
 # Rotations
 
 ANGLES = torch.arange(6.0)[:, None] * torch.tensor([1.0, 0.1])
@@ -226,10 +270,22 @@ def partly(x: Tensor) -> Tensor:
     return torch.cat((first * cos + turned(first) * sin, rest), dim=-1)
 
 
+def by_parts_of_one_table(x: Tensor) -> Tensor:
+    cos, sin = torch.cat((COS, SIN), dim=-1).split(2, dim=-1)
+    return x * torch.cat((cos, cos), -1) + turned(x) * torch.cat((sin, sin), -1)
+
+
+def by_steps_of_one_table(x: Tensor) -> Tensor:
+    cos, sin = torch.cat((COS, SIN), dim=-1).split(2, dim=-1)
+    swapped = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return x * cos.repeat_interleave(2, -1) + swapped * sin.repeat_interleave(2, -1)
+
+
 ROTATIONS = {
     half: ("half", 4), half_in_parts: ("half", 4), interleaved: ("interleaved", 4),
     interleaved_by_steps: ("interleaved", 4), as_complex: ("interleaved", 4),
-    in_place: ("interleaved", 4), partly: ("half", 2),
+    in_place: ("interleaved", 4), partly: ("half", 2), by_parts_of_one_table: ("half", 4),
+    by_steps_of_one_table: ("interleaved", 4),
 }  # fmt: skip
 
 
@@ -280,6 +336,7 @@ def added(keep: Tensor) -> Tensor:
     return torch.zeros(keep.shape).masked_fill(~keep, float("-inf"))
 
 
+SLOPES = -(torch.arange(6.0)[:, None] - torch.arange(6.0)).abs()
 MASKS: dict[str, tuple[Callable[[], Tensor], str, int | None]] = {
     "comparison": (lambda: places()[1] <= places()[0], "causal", None),
     "triangle": (lambda: torch.ones(6, 6, dtype=torch.bool).tril(), "causal", None),
@@ -289,6 +346,8 @@ MASKS: dict[str, tuple[Callable[[], Tensor], str, int | None]] = {
         lambda: (places()[1] <= places()[0]) & (places()[0] - places()[1] < 3), "window", 3
     ),
     "open": (lambda: torch.ones(6, 6, dtype=torch.bool), "none", None),
+    "one number per query": (lambda: places()[0].float().expand(6, 6), "none", None),
+    "slopes and a condition": (lambda: (places()[0] >= 0) + SLOPES, "bias", None),
     "slopes": (lambda: -(places()[0] - places()[1]).abs().float(), "bias", None),
     "strictly below": (lambda: places()[1] < places()[0], "input", None),
     "two sided": (lambda: (places()[0] - places()[1]).abs() < 2, "input", None),
@@ -330,6 +389,7 @@ GIVEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda seen: seen[:, None, None].bool() & (places()[1] <= places()[0]), "causal+padding"
     ),
     "with a table": (lambda seen: (1.0 - seen[:, None].float()) * -1e9, "padding+bias"),
+    "chosen": (lambda seen: torch.where(seen[:, None, None] > 0, SLOPES, -1e9), "padding+bias"),
     "queries": (lambda seen: seen[:, None, :, None].bool().expand(2, 1, 6, 6), "input"),
     "pairs": (lambda seen: seen[:, None, :, None] == seen[:, None, None], "input"),
 }  # fmt: skip

@@ -361,6 +361,32 @@ class LooksInside(Stack):
         return x
 
 
+class CountsLayers(Stack):
+    def forward(self, x: Tensor) -> Any:
+        linears = sum(isinstance(module, nn.Linear) for module in self.modules())
+        return super().forward(x) / linears
+
+
+class SumsWeights(Stack):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + sum(p.sum() for p in self.layers.parameters())
+
+
+class Gain(float):
+    pass
+
+
+class Gained(Layer):
+    """Scales by a number whose class is not `float` itself."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = Gain(gain)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * self.gain
+
+
 class Rotary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -392,6 +418,12 @@ def sharing(kind: str) -> nn.Module:
         return CountingStack(*(Counting(context) for _ in range(4)))
     if kind == "a list that grows":
         return AuxiliaryStack(*(Auxiliary() for _ in range(4)))
+    if kind == "modules counted while running":
+        return CountsLayers(*(Layer() for _ in range(4)))
+    if kind == "weights summed while running":
+        return SumsWeights(*(Layer() for _ in range(4)))
+    if kind == "one number of a class of its own":
+        return Stack(*(Gained(gain) for gain in (1.0, 1.0, 3.0, 1.0)))
     if kind == "attributes read later":
         return KeepsStack(*(Keeps() for _ in range(4)))
     return LooksInside(*(Layer() for _ in range(4)))
@@ -406,6 +438,9 @@ def sharing(kind: str) -> nn.Module:
         "a list that grows",
         "attributes read later",
         "weights read from outside",
+        "modules counted while running",
+        "weights summed while running",
+        "one number of a class of its own",
     ],
 )
 def test_what_blocks_share_in_python_is_not_lost(

@@ -118,6 +118,10 @@ def layer_norm(x: Tensor) -> Tensor:
     return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
+def centred_twice(x: Tensor, by: Tensor) -> Tensor:
+    return (x - by) * torch.rsqrt((x - by).pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
 def by_variance(x: Tensor, *, root: bool = True) -> Tensor:
     variance, centred = x.var(-1, unbiased=False, keepdim=True), x - x.mean(-1, keepdim=True)
     return centred / (variance + 1e-5).sqrt() if root else centred * (variance + 1e-5).rsqrt()
@@ -150,6 +154,10 @@ def filled(x: Tensor, y: Tensor, value: float) -> Tensor:
 FOUND = {
     "layer_norm": (lambda x, y, g: layer_norm(x), "layer_norm"),
     "layer_norm with weight and shift": (lambda x, y, g: layer_norm(x) * g + g, "layer_norm"),
+    "layer_norm that centres twice": (
+        lambda x, y, g: centred_twice(x, x.mean(-1, keepdim=True)) * g + g,
+        "layer_norm",
+    ),
     "layer_norm by variance": (lambda x, y, g: by_variance(x), "layer_norm"),
     "layer_norm by variance with weight and shift": (
         lambda x, y, g: by_variance(x, root=False) * g + g,
@@ -220,6 +228,7 @@ LEFT: dict[str, Callable[..., Any]] = {
     "norm with a scaled epsilon": lambda x, y, g: (
         x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 1e-6, alpha=3))
     ),
+    "norm of a difference taken twice": lambda x, y, g: centred_twice(x, y),
     "norm by the unbiased variance": lambda x, y, g: (
         (x - x.mean(-1, keepdim=True)) * (x.var(-1, keepdim=True) + 1e-5).rsqrt()
     ),
@@ -238,6 +247,24 @@ LEFT: dict[str, Callable[..., Any]] = {
     ),
     "sigmoid gate": lambda x, y, g: x * torch.sigmoid(y),
     "quick gelu in its shortest spelling": lambda x, y, g: x * torch.sigmoid(1.702 * x),
+    "gelu with a scaled sum": lambda x, y, g: (
+        x * 0.5 * torch.add(torch.erf(x / math.sqrt(2)), 1, alpha=2)
+    ),
+    "gelu with a rounded quotient": lambda x, y, g: (
+        x * 0.5 * (1 + torch.erf(torch.div(x, math.sqrt(2), rounding_mode="floor")))
+    ),
+    "nearly gelu": lambda x, y, g: x * 0.5 * (1 + torch.erf(x / 1.413)),
+    "one head of queries": lambda x, y, g: torch.softmax(x[:, :1] @ y.mT, -1) @ y,
+    "scores in half precision": lambda x, y, g: (
+        (x @ y.mT).bfloat16().softmax(-1).to(torch.float32) @ y
+    ),
+    "a mask with more rows than scores": lambda x, y, g: (
+        torch.softmax(x[:1] @ y[:1].mT + torch.ones(2, 1, 5, 5), -1) @ y[:1]
+    ),
+    "mean in another type": lambda x, y, g: (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True, dtype=torch.bfloat16) + 1e-6)
+    ),
+    "a weight that is not turned": lambda x, y, g: x @ g.view(4, 1).expand(4, 4).transpose(0, 0),
     "silu of something scaled otherwise": lambda x, y, g: F.silu(x * 1.702) / 1.5,
     "gelu whose tanh is read": lambda x, y, g: (
         0.5 * x * (1 + (t := torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))) + t
@@ -254,6 +281,18 @@ LEFT: dict[str, Callable[..., Any]] = {
     ),
     "heads that take turns": lambda x, y, g: F.scaled_dot_product_attention(
         x[:, :2], *(y[:, :1].repeat_interleave(2, dim=0)[:2].expand(2, 2, 5, 4),) * 2
+    ),
+    "attention without the first key": lambda x, y, g: (
+        torch.softmax(x @ y.mT, -1)[..., 1:] @ y[..., 1:, :]
+    ),
+    "attention with the probabilities of one head": lambda x, y, g: (
+        torch.softmax(x @ y.mT, -1)[:, :1] @ y
+    ),
+    "scores less each key's largest": lambda x, y, g: (
+        torch.softmax((s := x @ y.mT) - s.amax(-2, keepdim=True), -1) @ y
+    ),
+    "scores that are rounded": lambda x, y, g: (
+        torch.softmax(torch.div(x @ y.mT, 2.0, rounding_mode="floor"), -1) @ y
     ),
     "centred by another mean": lambda x, y, g: x - y.mean(-1, keepdim=True),
     "softmax over queries": lambda x, y, g: softmax(x, y, dim=2),
@@ -275,6 +314,7 @@ REASONS = {
     "attention filled with a middling number": (
         "hides scores behind a number that is not the lowest"
     ),
+    "attention without the first key": "leaves probabilities out",
     "attention whose mask is scaled": "scales its mask with the scores",
     "probabilities are read": "has scores or probabilities that are read elsewhere",
 }
@@ -332,10 +372,26 @@ class Products(nn.Module):
 def test_products_with_weights_become_linear() -> None:
     x = torch.randn(2, 3, 4)
     program = capture(Products(), (x,))
+    assert [miss.nearest for miss in program.explain().near_misses] == ["linear"] * 2
     new, (step,) = run_passes(program, [Canonicalize()], [[x]])
+    assert not new.explain().near_misses
     assert list(step.plan.decisions.values()) == ["linear", "linear"]
     assert not any("matmul" in op for op in ops(new))
     torch.testing.assert_close(run(new, [x]), run(program, [x]))
+
+
+def test_queries_without_keys_average_the_values() -> None:
+    keep = torch.ones(5, 5, dtype=torch.bool).tril()
+    keep[0] = False
+    lowest = torch.finfo(torch.float32).min
+    formula = lambda x, y, g: (  # noqa: E731
+        torch.softmax((x @ y.mT).masked_fill(~keep, lowest), -1) @ y
+    )
+    x, y = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    program = capture(Formula(formula), (x, y))
+    new, (step,) = run_passes(program, [Canonicalize()], [program.signature.bind((x, y), {})])
+    assert list(step.plan.decisions.values()) == ["attention"]
+    torch.testing.assert_close(run(new, [x, y])[0][:, :, 0], y.mean(2))
 
 
 QUICK = {
