@@ -45,9 +45,7 @@ DECODER = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(
-    "backend", ["onnxruntime", pytest.param("eager", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("eager", marks=pytest.mark.slow)])
 def test_backends_agree_with_fp64_after_exact_passes(backend: str, tmp_path: Path) -> None:
     program = captured(DECODER)
     given = inputs_of(DECODER, InputSpec(kind="gauss"), batch=3, seq=5)
