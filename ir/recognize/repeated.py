@@ -42,7 +42,7 @@ def _repeated_parts(node: Any) -> dict[str, Any] | None:
     options = dict(zip(names, node.args[3:], strict=False)) | node.kwargs
     mask = options.pop("attn_mask", None)
     q, k, v = node.args[:3]
-    expanded = [_repeated(n) for n in (k, v)]
+    expanded = [repeated(n) for n in (k, v)]
     if None in expanded or options.get("dropout_p"):
         return None
     (k_nodes, k0), (v_nodes, v0) = expanded  # type: ignore[misc]
@@ -58,7 +58,7 @@ def _repeated_parts(node: Any) -> dict[str, Any] | None:
     }
 
 
-def _repeated(node: Any) -> tuple[tuple[fx.Node, ...], fx.Node] | None:
+def repeated(node: Any) -> tuple[tuple[fx.Node, ...], fx.Node] | None:
     """Match heads of [batch, heads, seq, dim] that are repeated one by one.
 
     `x.repeat_interleave(times, 1)`, or `x[:, :, None].expand(..., times, ...).reshape(...)`.

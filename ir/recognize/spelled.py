@@ -6,7 +6,7 @@ hand, or multiply with a transposed weight. Finding them is the first half of ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +20,7 @@ from .attention import Attention
 from .calls import calls_any, op, shape
 from .core import Core, cores_of
 from .layer import Layer
+from .repeated import repeated
 
 _VIEWS = (aten.view.default, aten.reshape.default)
 
@@ -124,7 +125,7 @@ class SpelledAttention(Region):
     def find(cls, graph: fx.Graph) -> list[Self]:
         """Return the attentions of several nodes."""
         order = positions(graph)
-        found = [core for core in cores_of(graph) if core.spelled]
+        found = [_before_repeating(core) for core in cores_of(graph) if core.spelled]
         paths = unique_paths([local_path(core.node) for core in found])
         return [
             cls(
@@ -137,6 +138,17 @@ class SpelledAttention(Region):
             )
             for path, core in zip(paths, found, strict=True)
         ]
+
+
+def _before_repeating(core: Core) -> Core:
+    """Return an attention over key and value heads as they were before they were repeated."""
+    key, value = repeated(core.key), repeated(core.value)
+    if core.orders or key is None or value is None:
+        return core
+    nodes = core.nodes.union(core.key.users, key[0], value[0])  # one of them turns the keys
+    if any(not nodes.issuperset(n.users) for n in nodes - {core.node}):
+        return core
+    return replace(core, key=key[1], value=value[1], nodes=nodes)
 
 
 def _gap(core: Core) -> str:
@@ -166,8 +178,9 @@ def _gap_inside(core: Core) -> str:
     before, after = ({tuple(sorted(map(str, s))) for s in found} for found in (products, softmaxes))
     if before != after:
         return "has a mask with axes that its scores do not have"
-    heads = [shape(side)[-3] for side in (core.query, core.key) if len(shape(side)) == 4]
-    if not core.orders and len(heads) == 2 and str(heads[1]) not in ("1", str(heads[0])):
+    heads, kv_heads = (shape(side)[-3] for side in (core.query, core.key))
+    grouped = isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads == 0
+    if not core.orders and len(shape(core.query)) == 4 and not grouped:
         return "has fewer heads of queries than of keys"
     return ""
 

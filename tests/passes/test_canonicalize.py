@@ -86,13 +86,11 @@ def test_everything_is_found_and_exact(spelled: Program, inputs: list[Tensor]) -
     torch.testing.assert_close(run(new, [x, mask]), run(spelled, [x, mask]))
 
 
-def test_a_second_run_finds_the_repeated_heads(spelled: Program, inputs: list[Tensor]) -> None:
+def test_one_run_finds_the_repeated_heads_too(spelled: Program, inputs: list[Tensor]) -> None:
     once, _ = run_passes(spelled, [Canonicalize()], [inputs])
-    twice, (step,) = run_passes(once, [Canonicalize()], [inputs])
-    assert list(step.plan.decisions.values()) == ["attention"]
-    assert not any("expand" in op for op in ops(twice))
+    assert not any("expand" in op for op in ops(once))
     with pytest.raises(NoMatchError):
-        run_passes(twice, [Canonicalize()])
+        run_passes(once, [Canonicalize()])
 
 
 class Formula(nn.Module):

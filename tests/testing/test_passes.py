@@ -25,7 +25,7 @@ def test_what_once_failed(path: Path, request: pytest.FixtureRequest) -> None:
     replay(data)
 
 
-TestCanonicalize = pass_suite(Canonicalize(), idempotent=False, examples=EXAMPLES)
+TestCanonicalize = pass_suite(Canonicalize(), examples=EXAMPLES)
 TestFoldConstants = pass_suite(
     FoldConstants(), refused=({"max_growth_bytes": -1},), examples=EXAMPLES
 )
