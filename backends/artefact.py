@@ -26,12 +26,12 @@ import torch
 from ..ir.errors import ArtefactError, BlockwrightError, LoweringError
 from ..ir.program import Program
 from ..ir.serialize import from_json, to_json
-from . import container, disk, weights
+from . import container, disk, plainjson, weights
 from .archive import packed, unpack
 from .base import Lowered, WeightsFile
 from .container import Entry, Writer
 from .engine import Engine
-from .plainjson import dumps, loads
+from .plainjson import dumps
 from .registry import get_backend
 
 WEIGHTS, GRAPH = "weights.safetensors", "graph.json"
@@ -125,8 +125,9 @@ def _load(folder: Path, backend: str | None, trust: bool) -> Engine:
     try:
         made_for, options = str(manifest["backend"]["name"]), dict(manifest["backend"]["options"])
         tensors = weights.read(folder / entries[WEIGHTS].file)
-        program = from_json(_json(folder, entries[GRAPH]), tensors)
-        record = join_record(_json(folder, entries[PLAN]), _json(folder, entries[CERTIFICATE]))
+        program = from_json(plainjson.read(folder / entries[GRAPH].file), tensors)
+        parts = (plainjson.read(folder / entries[name].file) for name in (PLAN, CERTIFICATE))
+        record = join_record(*parts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtefactError(
             f"{folder} lacks {error}, or holds it malformed.",
@@ -206,10 +207,6 @@ def join_record(plan: Mapping[str, Any], certificate: Mapping[str, Any]) -> dict
         return dict(certificate)
     pairs = zip(plan["steps"], certificate["steps"], strict=True)
     return {**certificate, "steps": [{**decided, **measured} for decided, measured in pairs]}
-
-
-def _json(folder: Path, entry: Entry) -> Any:
-    return loads((folder / entry.file).read_bytes(), entry.file)
 
 
 def _chunks(content: bytes | Path) -> Iterable[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..ir.errors import ArtefactError
@@ -22,6 +23,11 @@ def dumps(data: Any) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtefactError(f"cannot be written as JSON: {error}.") from error
     return f"{text}\n".encode("ascii")
+
+
+def read(path: Path) -> Any:
+    """Read a JSON file; see `loads`."""
+    return loads(path.read_bytes(), path.name)
 
 
 def loads(content: bytes, where: str) -> Any:

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..backends import container, weights
+from ..backends import container, plainjson, weights
 from ..backends.base import Backend
-from ..backends.plainjson import dumps, loads
+from ..backends.plainjson import dumps
 from ..backends.registry import get_backend
 from ..ir.cut import cut_instance, cut_nodes, live_values, prefix
 from ..ir.errors import ArtefactError, BlockwrightError
@@ -171,7 +171,7 @@ def read(path: str | Path) -> Case:
     if manifest.get("kind") != KIND:
         raise ArtefactError(f"{folder} holds no bisected case.", where=container.MANIFEST)
     try:
-        about, graph = (_json(folder, entries[name]) for name in (CASE, GRAPH))
+        about, graph = (plainjson.read(folder / entries[name].file) for name in (CASE, GRAPH))
         tensors = read_tensors(folder / entries[WEIGHTS].file)
         (inputs,) = unnamed(read_tensors(folder / entries[INPUTS].file)) or [[]]
         metric, error = str(about.pop("metric")), float(about.pop("error"))
@@ -267,7 +267,3 @@ def _readme(folder: Path, case: Case) -> str:
             "",
         ]
     )
-
-
-def _json(folder: Path, entry: container.Entry) -> Any:
-    return loads((folder / entry.file).read_bytes(), entry.file)

@@ -10,15 +10,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..ir.errors import OptionError
 from ..ir.program import Program
 from ..passes.base import Pass
 from .steps import Step
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger("blockwright.passes")
 STAGES = ("measure", "plan", "rewrite", "recover", "verify", "certify", "speed")
@@ -115,6 +115,8 @@ class Stages:
 
 def timing_table(steps: Sequence[Step]) -> Table:
     """Return wall seconds per pass and stage, and nodes before and after."""
+    from rich.table import Table
+
     stages = [stage for stage in STAGES if any(stage in step.seconds for step in steps)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("pass")
@@ -135,6 +137,8 @@ def timing_table(steps: Sequence[Step]) -> Table:
 
 def timing_text(steps: Sequence[Step]) -> str:
     """Return the timing table as text."""
+    from rich.console import Console
+
     out = io.StringIO()
     Console(file=out, width=140, color_system=None).print(timing_table(steps))
     return out.getvalue().rstrip()

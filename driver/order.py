@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import networkx as nx
-
 from ..ir.errors import OptionError
 from ..passes.base import Pass
 from .facts import check_recipe, clash
@@ -44,6 +42,8 @@ def solve(passes: Sequence[AnyPass]) -> list[AnyPass]:
     Raises:
         OptionError: Some of them need to go before each other; names them and the reasons.
     """
+    import networkx as nx
+
     graph = _constraints(passes)
     try:
         places = list(nx.lexicographical_topological_sort(graph, key=int))
@@ -60,6 +60,8 @@ def solve(passes: Sequence[AnyPass]) -> list[AnyPass]:
 
 def _constraints(passes: Sequence[AnyPass]) -> Any:
     """Return the graph of what must go before what, an edge per reason."""
+    import networkx as nx
+
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     for index, pass_ in enumerate(passes):

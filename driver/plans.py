@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..backends import container
-from ..backends.plainjson import loads
+from ..backends import container, plainjson
 from ..ir.errors import OptionError
 from ..ir.program import Program
 from ..passes.base import Pass, Plan
@@ -72,7 +71,7 @@ def _read_file(path: Path, passes: Sequence[Pass[Any, Any]]) -> list[Mapping[str
         if path.is_dir():
             _, entries = container.read(path)
             file = path / entries["plan.json"].file
-        steps = loads(file.read_bytes(), file.name)["steps"]
+        steps = plainjson.read(file)["steps"]
         found = [(str(step["pass"]), step.get("plan")) for step in steps]
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise OptionError(

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import container, weights
-from ..backends.plainjson import dumps, loads
+from ..backends import container, plainjson, weights
+from ..backends.plainjson import dumps
 from ..ir.errors import ArtefactError, BlockwrightError
 from ..ir.literals import dtype_from
 from ..ir.plain import fit
@@ -164,7 +164,7 @@ def read(path: str | Path, passes: Sequence[type[Pass[Any, Any]]] = ()) -> Case:
     if manifest.get("kind") != KIND:
         raise ArtefactError(f"{folder} holds no crash reproducer.", where=container.MANIFEST)
     try:
-        about, graph = (_json(folder, entries[name]) for name in (CASE, GRAPH))
+        about, graph = (plainjson.read(folder / entries[name].file) for name in (CASE, GRAPH))
         tensors = _tensors(folder, entries, graph, "meta" if about["meta"] else "cpu")
         sets = unnamed(read_tensors(folder / entries[INPUTS].file)) if INPUTS in entries else []
         pass_ = _pass(about["recipe"], passes)
@@ -243,7 +243,3 @@ def _pass(recipe: str, passes: Sequence[type[Pass[Any, Any]]]) -> Pass[Any, Any]
             hints = {name: option.hint for name, option in options_of(kind).items()}
             return kind(**{name: fit(value, hints[name]) for name, value in call.options.items()})
     return build_pass(call.name, call.options)
-
-
-def _json(folder: Path, entry: container.Entry) -> Any:
-    return loads((folder / entry.file).read_bytes(), entry.file)

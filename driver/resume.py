@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from ..backends import disk, weights
+from ..backends import disk, plainjson, weights
 from ..backends.plainjson import dumps, loads
 from ..ir.errors import ArtefactError, BlockwrightError, OptionError
 from ..ir.program import Program
@@ -205,7 +205,7 @@ class Checkpoint:
         needed: set[str] = set()
         for path in _files(self.folder / STEPS):
             if path.stem in keys:
-                places = loads(path.read_bytes(), path.name)["tensors"].values()
+                places = plainjson.read(path)["tensors"].values()
                 needed.update(place for _, place in places)
             elif _HASH.fullmatch(path.stem) or path.name.startswith(disk.TEMPORARY):
                 path.unlink()
@@ -232,7 +232,7 @@ def _keys(
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = loads(path.read_bytes(), path.name)
+    data: dict[str, Any] = plainjson.read(path)
     if data.pop("digest") != data_hash(data):
         raise ValueError(f"{path.name} is not as it was saved")
     return data

@@ -53,6 +53,16 @@ def block_calls(graph: fx.Graph) -> dict[str, fx.Node]:
     return remembered(graph, "calls", find)
 
 
+def argument_positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return the position of each placeholder among a graph's arguments."""
+
+    def find(graph: fx.Graph) -> dict[fx.Node, int]:
+        given = (node for node in graph.nodes if node.op == "placeholder")
+        return {node: index for index, node in enumerate(given)}
+
+    return remembered(graph, "arguments", find)
+
+
 def output_nodes(graph: fx.Graph) -> list[fx.Node]:
     """Return the nodes a graph returns, in order."""
     (result,) = graph.output_node().args

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -85,6 +86,39 @@ def renamed(program: Program) -> Program:
         tensors=keys(program.tensors),
         aliases={name: other_name(held) for name, held in keys(program.aliases).items()},
         parameters=frozenset(map(other_name, program.parameters)),
+    )
+
+
+def scrambled(program: Program, seed: int) -> Program:
+    """Return the program with every name in it replaced and the tensors in another order."""
+    source = random.Random(seed)
+
+    def name() -> str:
+        return ".".join(f"n{source.getrandbits(24):x}" for _ in range(3))
+
+    tensors = {old: name() for old in sorted(program.tensors, key=lambda _: source.random())}
+    slots = {old: name() for i in program.instances.values() for old in i.weights}
+    instances = {old: name() for old in program.instances}
+    graphs = {}
+    for key, graph in program.graphs.items():
+        graphs[key] = copy_graph(graph)
+        for node in graphs[key].nodes:
+            node.name = f"v{source.getrandbits(48):x}"
+            node.meta = {"val": node.meta.get("val"), "local_path": name()}
+            if node.op == "get_attr":
+                node.target = (tensors if key == "main" else slots)[str(node.target)]
+            elif node.op == "call_module":
+                node.target = instances[str(node.target)]
+    return program.with_(
+        graphs=graphs,
+        tensors={new: program.tensors[old] for old, new in tensors.items()},
+        parameters=frozenset(tensors[old] for old in program.parameters),
+        instances={
+            instances[key]: Instance(
+                instance.block, {slots[s]: tensors[t] for s, t in instance.weights.items()}
+            )
+            for key, instance in program.instances.items()
+        },
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graphs import block_calls, is_mutable, remembered
+from ..graphs import argument_positions, block_calls, is_mutable
 from ..program import Program
 from ..shapes import concrete
 from .calls import LAYERS, op, shape
@@ -51,15 +51,10 @@ def _alike(node: fx.Node, source: Any) -> bool:
 
 def _argument(program: Program, instance: str, placeholder: fx.Node) -> fx.Node:
     """Return the value in main that a block instance gets for a placeholder."""
-    places = remembered(placeholder.graph, "places", _places)
+    places = argument_positions(placeholder.graph)
     found = block_calls(program.main)[instance].args[places[placeholder]]
     assert isinstance(found, fx.Node)
     return found
-
-
-def _places(graph: fx.Graph) -> dict[fx.Node, int]:
-    given = (node for node in graph.nodes if node.op == "placeholder")
-    return {node: index for index, node in enumerate(given)}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from ..graphs import output_nodes, remembered
+from ..graphs import argument_positions, block_calls, output_nodes
 from ..program import Program
 from .calls import CARRYING, op
 from .flow import flow_of
@@ -26,32 +26,13 @@ class Place(NamedTuple):
     node: fx.Node
 
 
-def calls_of(program: Program) -> dict[str, fx.Node]:
-    """Return the call of each instance."""
-    found: dict[str, fx.Node] = remembered(
-        program.main,
-        "calls by instance",
-        lambda graph: {str(n.target): n for n in graph.nodes if n.op == "call_module"},
-    )
-    return found
-
-
-def placeholders_of(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Return the position of each placeholder among a graph's arguments."""
-
-    def find(graph: fx.Graph) -> dict[fx.Node, int]:
-        return {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
-
-    return remembered(graph, "placeholders", find)
-
-
 def made_at(program: Program, place: Place) -> Place:
     """Follow a value through calls to the node that computes it."""
     while True:
         instance, node = place
         if instance is not None and node.op == "placeholder":
-            call = calls_of(program)[instance]
-            given: Any = call.args[placeholders_of(node.graph)[node]]
+            call = block_calls(program.main)[instance]
+            given: Any = call.args[argument_positions(node.graph)[node]]
             place = Place(None, given)
         elif instance is None and op(node) == "getitem" and _calls(node.args[0]):
             picked: Any = node.args

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from ..graphs import output_nodes
+from ..graphs import argument_positions, output_nodes
 from ..program import MAIN, Program
 from ..regions import find_once
 from .attention import Attention
@@ -27,7 +27,6 @@ from .block import Block
 from .calls import CARRYING, op
 from .flow import NotRecognized, flow_of
 from .path import value_of
-from .place import placeholders_of
 from .plain import HANDFUL, oddity_of
 from .sublayer import sublayers_of
 
@@ -69,7 +68,7 @@ def surroundings_of(program: Program) -> Surroundings:
     for key, graph in program.graphs.items():
         if key == MAIN or not streams[key]:
             continue
-        places = placeholders_of(graph)
+        places = argument_positions(graph)
         given = {node for node, index in places.items() if index in streams[key]}
         _classify(graph, {}, given, roles, behind)
     odd = list(_sort_out(program, {n: r for n, r in roles.items() if r}, behind))
@@ -168,7 +167,7 @@ def _role(made_of_stream: bool, reach: int) -> str:
 
 def _stream_arguments(graph: fx.Graph) -> set[int]:
     """Return which arguments of a class are streams of its blocks."""
-    places = placeholders_of(graph)
+    places = argument_positions(graph)
     pending = [value_of(s.stream_in) for block in find_once(graph, Block) for s in block.streams]
     seen, flow = set(pending), flow_of(graph)
     for node in pending:  # grows while it is walked

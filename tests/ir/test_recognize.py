@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import random
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,13 +16,13 @@ from torch.nn import functional as F
 from blockwright.driver.manager import run_passes
 from blockwright.ir.capture import capture
 from blockwright.ir.errors import OptionError
-from blockwright.ir.graphs import copy_graph
-from blockwright.ir.program import Instance, Program
+from blockwright.ir.program import Program
 from blockwright.ir.recognize import Attention, Block, FeedForward, Norm
 from blockwright.ir.regions import Region
 from blockwright.ir.run import run
 from blockwright.models.gpt import GPT, GPTConfig
 from blockwright.passes import FuseProjections, QuantizeWeights
+from blockwright.testing.snapshot import scrambled
 
 IDS = torch.arange(12).reshape(2, 6) % 32
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -167,39 +166,6 @@ def test_two_streams() -> None:
     assert all(attention.rotary for attention in program.attentions())
     assert [len(block.streams) for block in program.blocks()] == [2, 2, 2, 1, 1, 1]
     assert not [m for m in program.explain().near_misses if m.nearest == "block"]
-
-
-def scrambled(program: Program, seed: int) -> Program:
-    """Return the program with every name in it replaced and the tensors in another order."""
-    source = random.Random(seed)
-
-    def name() -> str:
-        return ".".join(f"n{source.getrandbits(24):x}" for _ in range(3))
-
-    tensors = {old: name() for old in sorted(program.tensors, key=lambda _: source.random())}
-    slots = {old: name() for i in program.instances.values() for old in i.weights}
-    instances = {old: name() for old in program.instances}
-    graphs = {}
-    for key, graph in program.graphs.items():
-        graphs[key] = copy_graph(graph)
-        for node in graphs[key].nodes:
-            node.name = f"v{source.getrandbits(48):x}"
-            node.meta = {"val": node.meta.get("val"), "local_path": name()}
-            if node.op == "get_attr":
-                node.target = (tensors if key == "main" else slots)[str(node.target)]
-            elif node.op == "call_module":
-                node.target = instances[str(node.target)]
-    return program.with_(
-        graphs=graphs,
-        tensors={new: program.tensors[old] for old, new in tensors.items()},
-        parameters=frozenset(tensors[old] for old in program.parameters),
-        instances={
-            instances[key]: Instance(
-                instance.block, {slots[s]: tensors[t] for s, t in instance.weights.items()}
-            )
-            for key, instance in program.instances.items()
-        },
-    )
 
 
 @pytest.mark.parametrize("name", ["gpt", "qwen3", "bert", "dit"])

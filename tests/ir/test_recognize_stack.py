@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import random
 from collections.abc import Callable
 from functools import cache
 
@@ -15,10 +14,10 @@ from torch.nn import functional as F
 from blockwright.driver.manager import run_passes
 from blockwright.ir.capture import capture
 from blockwright.ir.flatten import flatten
-from blockwright.ir.graphs import copy_graph
-from blockwright.ir.program import Instance, Program
+from blockwright.ir.program import Program
 from blockwright.ir.recognize import block_classes
 from blockwright.passes.canonicalize import Canonicalize
+from blockwright.testing.snapshot import scrambled
 
 OURS = {
     "gpt": "gpt.GPT.TOY",
@@ -155,43 +154,10 @@ def test_structures_do_not_depend_on_how_blocks_are_captured(
     assert [c.text for c in block_classes(folded)] == [c.text for c in block_classes(flat)]
 
 
-def renamed(program: Program, seed: int) -> Program:
-    """Return the program with every name in it replaced and the tensors in another order."""
-    source = random.Random(seed)
-
-    def name() -> str:
-        return ".".join(f"n{source.getrandbits(24):x}" for _ in range(3))
-
-    tensors = {old: name() for old in sorted(program.tensors, key=lambda _: source.random())}
-    slots = {old: name() for i in program.instances.values() for old in i.weights}
-    instances = {old: name() for old in program.instances}
-    graphs = {}
-    for key, graph in program.graphs.items():
-        graphs[key] = copy_graph(graph)
-        for node in graphs[key].nodes:
-            node.name = f"v{source.getrandbits(48):x}"
-            node.meta = {"val": node.meta.get("val"), "local_path": name()}
-            if node.op == "get_attr":
-                node.target = (tensors if key == "main" else slots)[str(node.target)]
-            elif node.op == "call_module":
-                node.target = instances[str(node.target)]
-    return program.with_(
-        graphs=graphs,
-        tensors={new: program.tensors[old] for old, new in tensors.items()},
-        parameters=frozenset(tensors[old] for old in program.parameters),
-        instances={
-            instances[key]: Instance(
-                instance.block, {slots[s]: tensors[t] for s, t in instance.weights.items()}
-            )
-            for key, instance in program.instances.items()
-        },
-    )
-
-
 @pytest.mark.parametrize("name", OURS)
 def test_names_do_not_matter(ours: Callable[[str], Program], name: str) -> None:
     program = ours(name)
-    other = renamed(program, seed=1)
+    other = scrambled(program, seed=1)
     assert [b.constants() for b in other.blocks()] == [b.constants() for b in program.blocks()]
     assert other.explain().shares == program.explain().shares
     assert [(s.period, s.ends) for s in other.stacks()] == [
