@@ -158,12 +158,27 @@ def _tidy(model: ir.Model) -> None:
     Sequential(
         cleaning.ClearMetadataAndDocStringPass(),
         cleaning.CommonSubexpressionEliminationPass(),
-        cleaning.IdentityEliminationPass(),
+    )(model)
+    _drop_identities(graph)
+    for function in model.functions.values():
+        _drop_identities(function)
+    Sequential(
         cleaning.OutputFixPass(),
         cleaning.RemoveUnusedNodesPass(),
         cleaning.RemoveUnusedFunctionsPass(),
         cleaning.RemoveUnusedOpsetsPass(),
     )(model)
+
+
+def _drop_identities(scope: ir.Graph | ir.Function) -> None:
+    """Drop copies, but for what graphs return: a branch must return a value of its own."""
+    for node in list(ir.traversal.RecursiveGraphIterator(scope)):
+        source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type == "Identity" and source is not None and not result.is_graph_output():
+            source.shape, source.type = source.shape or result.shape, source.type or result.type
+            result.replace_all_uses_with(source)
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
 
 
 def _name_inputs(graph: ir.Graph, names: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 from .blueprint import named_tensors
 from .errors import CaptureError
 from .exported import from_exported, functional, without_unread
-from .inference import collected_later, evaluation, parameter_names, without_cache
+from .graphs import collected_later
+from .inference import evaluation, parameter_names, without_cache
 from .press import Press
 from .program import Program
 from .repeats import find_repeats

@@ -48,6 +48,10 @@ class VerifyError(BlockwrightError):
     """A program breaks an invariant, or a pass broke its promise."""
 
 
+class RecoveryError(BlockwrightError):
+    """A training cannot begin, or its loss is not finite."""
+
+
 class LoweringError(BlockwrightError):
     """A backend is missing or cannot lower a program."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +18,11 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
+from .branches import is_cond, scope
+from .copied import copy_computation, wrapped
 from .errors import CaptureError
 from .fold import fold_blocks
-from .graphs import copy_graph, is_mutable, place_of, remove_dead, skip_noise
+from .graphs import copy_graph, is_mutable, place_of, remove_dead
 from .program import MAIN, Program, StateSlot
 from .shapes import dims
 from .signature import Argument, Signature, TensorSpec
@@ -49,18 +50,19 @@ def from_exported(
     """
     exported = functional(exported)
     tensors, canonical = _tensors(exported, held or {})
-    graph, state = _graph(exported, canonical)
+    graphs, state = _graphs(exported, canonical)
+    graph = graphs[MAIN]
     signature = _signature(exported, graph, parameters, symbols or {})
     kinds = {name for name, value in (held or {}).items() if isinstance(value, nn.Parameter)}
     kinds |= set(exported.graph_signature.parameters)
     program = Program(
-        graphs={MAIN: graph},
+        graphs=graphs,
         tensors=tensors,
         signature=signature,
         aliases={name: target for name, target in canonical.items() if name != target},
         parameters=frozenset(canonical[name] for name in kinds if name in canonical),
         state=tuple(state),
-        notes=notes + _randomness(graph),
+        notes=notes + tuple(note for each in graphs.values() for note in _randomness(each)),
     )
     return fold_blocks(program) if fold else program
 
@@ -113,10 +115,10 @@ def _tensors(
     return tensors, canonical
 
 
-def _graph(
+def _graphs(
     exported: ExportedProgram, canonical: Mapping[str, str]
-) -> tuple[fx.Graph, list[StateSlot]]:
-    """Rebuild the exported graph with weights as `get_attr` nodes and no noise."""
+) -> tuple[dict[str, fx.Graph], list[StateSlot]]:
+    """Rebuild the exported graph and its branches, weights as `get_attr` nodes and no noise."""
     signature = exported.graph_signature
     held = {
         spec.arg.name: str(spec.target)
@@ -145,7 +147,8 @@ def _graph(
                 weights[name] = graph.get_attr(name)
                 weights[name].meta = dict(node.meta)
             env[node] = weights[name]
-    _copy_computation(exported.graph_module, graph, env)
+    graphs = {MAIN: graph}
+    copy_computation(exported.graph_module, graph, env, graphs, MAIN)
     results = exported.graph.output_node().args[0]
     by_name = {node.name: env[node] for node in results if isinstance(node, fx.Node)}
     user = [by_name[name] for name in _user_outputs(exported)]
@@ -157,38 +160,8 @@ def _graph(
         for position, target in enumerate(mutated)
     ]
     remove_dead(graph)
-    return copy_graph(graph), state
-
-
-def _copy_computation(owner: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, Any]) -> None:
-    """Copy what computes, without noise; regions under `no_grad` or autocast-off are inlined."""
-    for node in owner.graph.nodes:
-        if node.op != "call_function":
-            continue
-        passed_on, wrapped = skip_noise(node), _wrapped(node)
-        if passed_on is not None:
-            env[node] = env[passed_on]
-        elif wrapped is not None:
-            inner = getattr(owner, str(wrapped.target))
-            taken = node.args[node.args.index(wrapped) + 1 :]
-            places = [n for n in inner.graph.nodes if n.op == "placeholder"]
-            env.update({p: env[a] for p, a in zip(places, taken, strict=True)})
-            _copy_computation(inner, graph, env)
-            results = inner.graph.output_node().args[0]
-            env[node] = [env[result] for result in results]
-        elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
-            env[node] = env[node.args[0]][node.args[1]]
-        else:
-            env[node] = graph.node_copy(node, env.__getitem__)
-
-
-def _wrapped(node: fx.Node) -> fx.Node | None:
-    """Return the subgraph of a node that only sets a mode inference does not have."""
-    name = getattr(node.target, "__name__", "")
-    autocast_off = name == "wrap_with_autocast" and node.args[2] is False
-    if name == "wrap_with_set_grad_enabled" or autocast_off:
-        return next(a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")
-    return None
+    graphs = {key: copy_graph(each) for key, each in graphs.items()}
+    return {key: graphs[key] for key in scope(graphs, MAIN)}, state
 
 
 def _signature(
@@ -270,11 +243,11 @@ def _reject_unsupported(exported: ExportedProgram) -> None:
         if isinstance(item.arg, CustomObjArgument):
             raise CaptureError(f"the model holds a script object, {item.target!r}.")
     for node in exported.graph.nodes:
-        if node.op == "get_attr" and not all(_wrapped(user) for user in node.users):
+        if node.op == "get_attr" and not all(wrapped(u) or is_cond(u) for u in node.users):
             raise CaptureError(
                 f"control flow ({next(iter(node.users)).target}) is not supported in capture yet.",
                 where=node.name,
-                remedy="capture the branch you need, or replace it by torch.where.",
+                remedy="use torch.cond or torch.where, or write the loop out.",
             )
 
 

@@ -203,7 +203,7 @@ def outline(
         if node not in owned and not (node.op == "get_attr" and owned.issuperset(node.users)):
             env[node] = main.node_copy(node, env.__getitem__)
     ordered = {str(n.target): instances[str(n.target)] for n in main.nodes if n.op == "call_module"}
-    return program.with_(graphs={MAIN: main, **graphs}, instances=ordered)
+    return program.with_(graphs={**program.graphs, MAIN: main, **graphs}, instances=ordered)
 
 
 def _call(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +37,21 @@ def remembered(graph: fx.Graph, what: Any, make: Callable[[fx.Graph], T]) -> T:
     """
     known: dict[Any, Any] = graph.__dict__.setdefault("_remembered", {})
     if what not in known:
-        known[what] = make(graph)
+        with collected_later():
+            known[what] = make(graph)
     return known[what]
+
+
+@contextlib.contextmanager
+def collected_later() -> Iterator[None]:
+    """Put off garbage collection, which looks at every node again and again and frees none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -103,6 +118,8 @@ def skip_noise(node: fx.Node) -> fx.Node | None:
         return source
     if name == "to" and _same_kind(source, node) and not _copies(node):
         return source
+    if name == "squeeze" and source.meta["val"].dim() == node.meta["val"].dim():
+        return source  # no axis was of length one
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,18 +11,6 @@ from torch import nn
 
 from .blueprint import walk
 from .errors import CaptureError
-
-
-@contextlib.contextmanager
-def collected_later() -> Iterator[None]:
-    """Put off garbage collection, which looks at every node again and again and frees none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -16,11 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from .branches import branches_of, choices, executed, operands_of, scope
 from .errors import OptionError
+from .graphs import argument_positions, remembered
 from .signature import Signature
 
 if TYPE_CHECKING:
@@ -75,7 +78,8 @@ class Program:
     """A model as data.
 
     Attributes:
-        graphs: The graph `main` and one graph per block class. Never edit them in place.
+        graphs: The graph `main`, one graph per block class, and the branches of choices; see
+            `ir.branches`. Never edit them in place.
         instances: Block instances by the name that main's `call_module` nodes call.
         tensors: Parameters, buffers and constants by their name in the model. One name per
             storage: other names of a tied tensor are in `aliases`.
@@ -124,8 +128,52 @@ class Program:
         return [name for name in self.instances if self.instances[name].block == block]
 
     def calls(self) -> Iterator[fx.Node]:
-        """Yield main's calls of block instances, in execution order."""
-        return (node for node in self.main.nodes if node.op == "call_module")
+        """Yield the calls of block instances, in execution order, those in branches among them."""
+        return (node for node in executed(self.graphs, MAIN) if node.op == "call_module")
+
+    def call(self, instance: str) -> fx.Node:
+        """Return the call of a block instance, a node of main or of one of its branches."""
+        return self._calls[instance]
+
+    @cached_property
+    def _calls(self) -> dict[str, fx.Node]:
+        return {str(node.target): node for node in self.calls()}
+
+    def given(
+        self, instance: str | None, placeholder: fx.Node
+    ) -> tuple[str | None, fx.Node] | None:
+        """Return the value a placeholder is given where its graph is called.
+
+        Args:
+            instance: Block instance the placeholder is looked at through; None in main.
+            placeholder: Of main, of a class, or of a branch.
+
+        Returns:
+            Instance and node of the value; None for an input of the program.
+        """
+        caller = self._callers.get((instance, placeholder.graph))
+        if caller is None:
+            return None
+        outside, node = caller
+        values: Any = node.args if node.op == "call_module" else operands_of(node)
+        return outside, values[argument_positions(placeholder.graph)[placeholder]]
+
+    @cached_property
+    def _callers(self) -> dict[tuple[str | None, fx.Graph], tuple[str | None, fx.Node]]:
+        """Who calls a graph of an instance: a node, and the instance it is looked at through."""
+        found: dict[tuple[str | None, fx.Graph], tuple[str | None, fx.Node]] = {}
+        for instance in (None, *self.instances):
+            for key in self.scope(instance):
+                for node in choices(self.graphs[key]):
+                    for branch in branches_of(node):
+                        found[instance, self.graphs[branch]] = instance, node
+        for name, call in self._calls.items():
+            found[name, self.graphs[self.instances[name].block]] = None, call
+        return found
+
+    def scope(self, instance: str | None = None) -> list[str]:
+        """Return the keys of an instance's graph and the branches below it; of main for None."""
+        return scope(self.graphs, self.instances[instance].block if instance else MAIN)
 
     def weight(self, slot: str, instance: str | None = None) -> Tensor:
         """Return the tensor behind a `get_attr` node's target.
@@ -152,9 +200,22 @@ class Program:
         places = (node.name for node in self.main.nodes if node.op == "placeholder")
         return [values[name] if name in values else next(given) for name in places]
 
+    def completed(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return inputs that may have been made before the program got its last arguments.
+
+        Arguments that passes have added are 0: the first step, the first position.
+        """
+        places = [node for node in self.main.nodes if node.op == "placeholder"]
+        missing = [node.meta["val"] for node in places[len(inputs) :]]
+        added = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in missing]
+        return [*inputs, *added]
+
     def nodes(self) -> int:
         """Count the nodes a flat graph would have, calls replaced by what they call."""
-        sizes = {name: len(graph.nodes) for name, graph in self.graphs.items()}
+        sizes = {
+            block: sum(len(self.graphs[key].nodes) for key in scope(self.graphs, block))
+            for block in {MAIN, *(instance.block for instance in self.instances.values())}
+        }
         blocks = sum(sizes[instance.block] for instance in self.instances.values())
         return sizes[MAIN] + blocks
 
@@ -268,11 +329,33 @@ class Program:
 
     @cached_property
     def _readers(self) -> Counter[str]:
-        """How many slots and main nodes read each tensor."""
-        readers = Counter(str(node.target) for node in self.main.nodes if node.op == "get_attr")
-        for instance in self.instances.values():
+        """How many slots and main nodes read each tensor, each branch for itself."""
+        readers = Counter(slot for key in self.scope() for slot in _slots(self.graphs[key]))
+        for name, instance in self.instances.items():
+            first, *branches = self.scope(name)
             readers.update(instance.weights.values())
+            inside = Counter(slot for key in branches for slot in _slots(self.graphs[key]))
+            outside = _slots(self.graphs[first]) if inside else ()
+            readers.update({instance.weights[s]: n - (s not in outside) for s, n in inside.items()})
         return readers
+
+    def state_dict(self, *, renumbered: bool = False, buffers: bool = False) -> dict[str, Tensor]:
+        """Return the parameters by all their names, tied ones under each.
+
+        Args:
+            renumbered: Number the blocks without gaps, as a model of as many blocks has them: what
+                is left when blocks were dropped then loads into one.
+            buffers: Buffers and constants as well.
+        """
+        from .renumber import renumbered as numbered
+
+        names = {**{name: name for name in self.tensors}, **self.aliases}
+        new = numbered(self, names) if renumbered else {name: name for name in names}
+        return {
+            new[name]: self.tensors[held]
+            for name, held in names.items()
+            if buffers or held in self.parameters
+        }
 
     def unused_tensors(self) -> set[str]:
         """Name tensors that no graph reads and no state holds."""
@@ -288,3 +371,12 @@ class Program:
         if found is None:
             raise OptionError(f"the program has no tensor {tensor!r}.")
         return found
+
+
+def _slots(graph: fx.Graph) -> tuple[str, ...]:
+    """Return the targets of a graph's `get_attr` nodes."""
+
+    def find(graph: fx.Graph) -> tuple[str, ...]:
+        return tuple(str(node.target) for node in graph.nodes if node.op == "get_attr")
+
+    return remembered(graph, "slots", find)

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from .branches import branches_of, is_cond, operands_of
 from .errors import ArtefactError
 from .graphs import output_nodes
 from .literals import device_from, dtype_from
@@ -108,9 +109,19 @@ class Values:
                 node.meta["val"] = self._weight(program, str(node.target), instance)
             elif node.op == "call_module":
                 node.meta["val"] = self._call(program, node)
+            elif is_cond(node):
+                node.meta["val"] = self._choose(program, node, instance)
             elif node.op == "call_function":
                 node.meta["val"] = _run(node)
         return tuple(node.meta["val"] for node in output_nodes(graph))
+
+    def _choose(self, program: Program, node: fx.Node, instance: str | None) -> tuple[Any, ...]:
+        """Return what either branch gives."""
+        given = [operand.meta["val"] for operand in operands_of(node)]
+        first, second = (self._graph(program, b, instance, given) for b in branches_of(node))
+        if describe(first) != describe(second):
+            raise ArtefactError("two branches give values of other shapes.", where=node.name)
+        return first
 
     def _call(self, program: Program, node: fx.Node) -> tuple[Any, ...]:
         """Return the outputs of a block; propagate its class at the first call."""

@@ -6,13 +6,14 @@ instance: `region.weight` is that instance's tensor. Finders work on dataflow al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, fx
 
+from .branches import branches_of, choices, scope
 from .graphs import block_calls, module_path, positions, remembered
 from .program import MAIN, Program
 
@@ -55,6 +56,11 @@ class Region:
         """Return the weight behind a `get_attr` node, as this instance has it."""
         return self.program.weight(str(node.target), self.instance)
 
+    def tensor_name(self, node: fx.Node) -> str:
+        """Return the name of the weight behind a `get_attr` node, as this instance has it."""
+        slot = str(node.target)
+        return self.program.instances[self.instance].weights[slot] if self.instance else slot
+
     def is_shared(self, node: fx.Node) -> bool:
         """Whether anything else of the model reads the weight behind a `get_attr` node."""
         return len(node.users) > 1 or self.program.is_shared(str(node.target), self.instance)
@@ -83,20 +89,43 @@ T = TypeVar("T")
 
 def regions(program: Program, *kinds: type[R]) -> Iterator[R]:
     """Yield the regions of the given kinds in the whole program, in execution order."""
-    per_class = {
-        key: _distinct([region for kind in kinds for region in find_once(graph, kind)])
-        for key, graph in program.graphs.items()
-    }
-    place, calls = positions(program.main), block_calls(program.main)
-    found: list[tuple[int, str, str | None, list[R]]] = [
-        (place[region.nodes[0]], MAIN, None, [region]) for region in per_class[MAIN]
-    ]
-    for name, node in calls.items():
-        block = program.instances[name].block
-        found.append((place[node], block, name, per_class[block]))
-    for _, graph, instance, inside in sorted(found, key=lambda at: at[0]):
-        for region in inside:
-            yield region.bind(program, graph, instance)
+    return _within(program, MAIN, None, _found(program, kinds))
+
+
+def _found(program: Program, kinds: Sequence[type[R]]) -> dict[str, list[R]]:
+    """Return the regions of each graph, those of a block and its branches told apart by path."""
+    found: dict[str, list[R]] = {}
+    for root in {MAIN, *(instance.block for instance in program.instances.values())}:
+        keys = scope(program.graphs, root)
+        each = [[r for k in kinds for r in find_once(program.graphs[key], k)] for key in keys]
+        named = iter(_distinct([region for regions in each for region in regions]))
+        found |= {
+            key: [next(named) for _ in regions] for key, regions in zip(keys, each, strict=True)
+        }
+    return found
+
+
+def _within(
+    program: Program, key: str, instance: str | None, found: Mapping[str, list[R]]
+) -> Iterator[R]:
+    """Yield the regions of a graph and of what it calls, in execution order."""
+    graph = program.graphs[key]
+    place = positions(graph)
+    calls = [*block_calls(graph).values(), *choices(graph)]
+    if not calls:
+        yield from (region.bind(program, key, instance) for region in found[key])
+        return
+    steps: list[tuple[int, Any]] = [(place[region.nodes[0]], region) for region in found[key]]
+    steps += [(place[node], node) for node in calls]
+    for _, step in sorted(steps, key=lambda at: at[0]):
+        if isinstance(step, Region):
+            yield step.bind(program, key, instance)  # type: ignore[misc]
+        elif step.op == "call_module":
+            name = str(step.target)
+            yield from _within(program, program.instances[name].block, name, found)
+        else:
+            for branch in branches_of(step):
+                yield from _within(program, branch, instance, found)
 
 
 def changed(part: T, **changes: object) -> T:

@@ -6,13 +6,16 @@ certificate, and it can show the outputs of each block as they appear.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .graphs import output_nodes
+from .branches import branches_of, is_cond, operands_of
+from .graphs import output_nodes, remembered
 from .program import MAIN, Program
 from .regions import Region
 
@@ -34,7 +37,7 @@ def run(
 
     Args:
         program: What to run.
-        inputs: Tensors for the placeholders of `main`, state included.
+        inputs: Tensors for the placeholders of `main`, state included; see `Program.completed`.
         dtype: Compute floating-point values in this type; None keeps each as it is.
         on_block: Called with an instance's name and outputs after it ran.
         on_node: Called with (instance or None, node, value) after each node.
@@ -70,6 +73,45 @@ def run_nodes(
     return env
 
 
+@dataclass(frozen=True)
+class Paused:
+    """A run that has stopped before a node of `main`.
+
+    Attributes:
+        node: The node.
+        env: Values that are still needed.
+    """
+
+    node: fx.Node
+    env: Mapping[fx.Node, Any]
+
+
+def run_until(
+    program: Program, inputs: Sequence[Tensor], node: fx.Node, *, instead: Replaced = ()
+) -> Paused:
+    """Run the program up to a node of `main`; `run_on` goes on, as often as one likes."""
+    runner, env = _Runner(program, None, None, None, instead), dict[fx.Node, Any]()
+    before = takewhile(lambda n: n is not node, program.main.nodes)
+    with torch.no_grad():
+        runner.nodes(program.main, before, env, iter(inputs), None)
+    return Paused(node, env)
+
+
+def run_on(program: Program, paused: Paused, *, instead: Replaced = ()) -> list[Any]:
+    """Run the rest of a program; returns its flat outputs.
+
+    Args:
+        program: The program.
+        paused: How far it has come; stays as it is.
+        instead: Regions of the rest, and what is called in the place of each.
+    """
+    runner, env = _Runner(program, None, None, None, instead), dict(paused.env)
+    after = dropwhile(lambda n: n is not paused.node, program.main.nodes)
+    with torch.no_grad():
+        runner.nodes(program.main, after, env, iter(()), None)
+    return [env[node] for node in output_nodes(program.main)]
+
+
 class _Runner:
     def __init__(
         self,
@@ -83,17 +125,28 @@ class _Runner:
         self.on_block, self.on_node = on_block, on_node
         self.instead = {(r.instance, node): (r, call) for r, call in instead for node in r.nodes}
         self.awaited = {node for region, _ in instead for node in region.inputs}
-        self.last_use: dict[str, dict[fx.Node, list[fx.Node]]] = {}
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        self.last_use = {key: _last_uses(graph) for key, graph in self.program.graphs.items()}
-        return self._graph(MAIN, None, list(map(self._convert, inputs)))
+        given = self.program.completed(inputs)
+        return self._graph(MAIN, None, list(map(self._convert, given)))
 
     def _graph(self, key: str, instance: str | None, inputs: Sequence[Any]) -> list[Any]:
-        graph, frees = self.program.graphs[key], self.last_use[key]
-        given: Iterator[Any] = iter(inputs)
+        graph = self.program.graphs[key]
         env: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
+        self.nodes(graph, graph.nodes, env, iter(inputs), instance)
+        return [env[node] for node in output_nodes(graph)]
+
+    def nodes(
+        self,
+        graph: fx.Graph,
+        nodes: Iterable[fx.Node],
+        env: dict[fx.Node, Any],
+        given: Iterator[Any],
+        instance: str | None,
+    ) -> None:
+        """Run some nodes of a graph in order; values that nobody reads later leave `env`."""
+        frees = remembered(graph, _last_uses, _last_uses)
+        for node in nodes:
             if node.op == "output":
                 break
             if (instance, node) in self.instead:
@@ -105,7 +158,6 @@ class _Runner:
             for dead in frees.get(node, ()):
                 if dead not in self.awaited:
                     env.pop(dead, None)
-        return [env[node] for node in output_nodes(graph)]
 
     def node(
         self, node: fx.Node, env: dict[fx.Node, Any], given: Iterator[Any], instance: str | None
@@ -114,6 +166,8 @@ class _Runner:
             return next(given)
         if node.op == "get_attr":
             return self._convert(self.program.weight(str(node.target), instance))
+        if is_cond(node):
+            return self._choose(node, env, instance)
         args = fx.node.map_arg(node.args, env.__getitem__)
         if node.op == "call_module":
             name = str(node.target)
@@ -125,7 +179,17 @@ class _Runner:
         if self.dtype is not None:
             args, kwargs = _retype(args, self.dtype), _retype(kwargs, self.dtype)
         assert callable(node.target)
-        return node.target(*args, **kwargs)
+        # What an op makes of no tensor (`arange(0., 4.)`) has the type it takes by default.
+        return self._convert(node.target(*args, **kwargs))
+
+    def _choose(
+        self, node: fx.Node, env: dict[fx.Node, Any], instance: str | None
+    ) -> tuple[Any, ...]:
+        """Compute one of two branches, and nothing of the other."""
+        first, second = branches_of(node)
+        predicate: Any = node.args[0]
+        key = first if bool(env[predicate]) else second
+        return tuple(self._graph(key, instance, [env[o] for o in operands_of(node)]))
 
     def _replace(self, region: Region, call: Callable[..., Any], env: dict[fx.Node, Any]) -> None:
         """Compute a region's outputs another way, as soon as its inputs are known."""

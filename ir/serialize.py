@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from .branches import complaint
 from .errors import ArtefactError, BlockwrightError
 from .graphs import module_path
 from .literals import decode, encode
@@ -204,16 +205,21 @@ def _checked_tensors(
 def _check_references(program: Program) -> None:
     """Refuse names that name nothing."""
     known = set(program.tensors)
+    found = complaint(program.graphs, {MAIN, *(i.block for i in program.instances.values())})
+    if found is not None:
+        raise ArtefactError(f"the graph is malformed: {found[0]}.")
+    inside_main = set(program.scope())
     for name, graph in program.graphs.items():
+        inside = name in inside_main
         for node in graph.nodes:
-            if node.op == "call_module" and (name != MAIN or node.target not in program.instances):
+            if node.op == "call_module" and not (inside and node.target in program.instances):
                 raise ArtefactError(f"the graph calls a block it lacks, {node.target!r}.")
-            if node.op == "get_attr" and name == MAIN and node.target not in known:
+            if node.op == "get_attr" and inside and node.target not in known:
                 raise ArtefactError(f"the graph reads a tensor it lacks, {node.target!r}.")
     called = {str(node.target) for node in program.calls()}
     for name, instance in program.instances.items():
-        graph = program.graphs[instance.block]
-        slots = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        nodes = (n for key in program.scope(name) for n in program.graphs[key].nodes)
+        slots = {str(node.target) for node in nodes if node.op == "get_attr"}
         if slots != instance.weights.keys() or not known.issuperset(instance.weights.values()):
             raise ArtefactError("the weights of a block do not fit its graph.", where=name)
         if name not in called or instance.block == MAIN:

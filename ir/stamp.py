@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .blueprint import named_tensors
+from .branches import is_cond
 from .fold import Occurrence, class_graph, outline
 from .graphs import is_mutable
 from .hidden import Unfit
@@ -135,6 +136,8 @@ def _class(
     for node in computed:
         if is_mutable(node):
             raise Unfit(f"{kind.path} writes into a tensor")
+        if is_cond(node):
+            raise Unfit(f"{kind.path} chooses between branches")
         if not inside.issuperset(set(node.users) - {leave.node}):
             raise Unfit(f"{node} of {kind.path} is read from outside")
         for source in node.all_input_nodes:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from .branches import COND
 from .errors import ArtefactError
 from .ops import OPS
 
@@ -27,9 +28,10 @@ _ARITHMETIC = (
     *(torch.sym_float, torch.sym_int, torch.sym_ite, torch.sym_max, torch.sym_min),
     *(torch.sym_not, torch.sym_sum, torch._sym_sqrt),  # type: ignore[attr-defined]
 )
+_CHOICE = "higher_order.cond"
 _BY_NAME: Mapping[str, Callable[..., Any]] = {
     f"{f.__module__}.{f.__name__}": f for f in _ARITHMETIC
-}
+} | {_CHOICE: COND}
 
 
 def target_name(target: object) -> str:
@@ -38,7 +40,9 @@ def target_name(target: object) -> str:
     Raises:
         ArtefactError: `resolve` would not find it again.
     """
-    if isinstance(target, OpOverload):
+    if target is COND:
+        name = _CHOICE
+    elif isinstance(target, OpOverload):
         name = str(target)
     else:
         name = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .branches import branches_of, is_cond, operands_of
 from .graphs import output_nodes
 from .program import MAIN, Program
 from .regions import local_path
@@ -31,7 +33,7 @@ _WIDTH = 72  # column of the type comment
 def program_text(program: Program) -> str:
     """Return the whole program as text."""
     parts = [_graph_text(program, MAIN)]
-    parts += [_graph_text(program, key) for key in sorted(program.graphs) if key != MAIN]
+    parts += [_graph_text(program, key) for key in _classes(program)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,7 +74,12 @@ def diff_text(
 
 
 def _only_in(program: Program, matched: set[str]) -> list[str]:
-    return [key for key in program.graphs if key != MAIN and key not in matched]
+    return [key for key in _classes(program) if key not in matched]
+
+
+def _classes(program: Program) -> list[str]:
+    """Return the keys of block classes; branches stand where they are chosen."""
+    return sorted({instance.block for instance in program.instances.values()})
 
 
 def _diff(
@@ -99,26 +106,68 @@ def _lines(program: Program, key: str, *, called: str | None = None) -> list[str
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     lines = [f"def {called or key}({', '.join(names[node] for node in inputs)}):"]
     lines += [_line(f"    # {names[n]}:", _kind(n.meta.get("val"), symbols)) for n in inputs]
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_module"):
-            text = f"    {names[node]} = {_call(program, node, names)}"
-            lines.append(_line(text, _kind(node.meta.get("val"), symbols)))
+    lines += _body(program, graph, names, "    ")
     lines.append(f"    return {', '.join(names[node] for node in output_nodes(graph))}")
     return lines
 
 
-def value_names(graph: fx.Graph, symbols: Mapping[str, str]) -> dict[fx.Node, str]:
-    """Name every value after its module; weights by their slot, sizes by their symbol."""
+def _body(
+    program: Program, graph: fx.Graph, names: Mapping[fx.Node, str], indent: str
+) -> list[str]:
+    """Return what a graph computes, line by line."""
+    lines = []
+    for node in graph.nodes:
+        if is_cond(node):
+            lines += _choice(program, node, names, indent)
+        elif node.op in ("call_function", "call_module"):
+            text = f"{indent}{names[node]} = {_call(program, node, names)}"
+            lines.append(_line(text, _kind(node.meta.get("val"), program.signature.symbols)))
+    return lines
+
+
+def _choice(
+    program: Program, node: fx.Node, names: Mapping[fx.Node, str], indent: str
+) -> list[str]:
+    """Return a choice as `if` and `else`, each of which sets the same names."""
+    lines = []
+    heads = f"if {_text(node.args[0], names)}", "else"
+    for key, head in zip(branches_of(node), heads, strict=True):
+        graph = program.graphs[key]
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        given = {p: names[o] for p, o in zip(places, operands_of(node), strict=True)}
+        inner = value_names(graph, program.signature.symbols, given, set(names.values()))
+        results = ", ".join(inner[n] for n in output_nodes(graph))
+        lines.append(f"{indent}{head}:")
+        lines += _body(program, graph, inner, f"{indent}    ")
+        text = f"{indent}    {names[node]} = [{results}]"
+        lines.append(_line(text, _kind(node.meta.get("val"), program.signature.symbols)))
+    return lines
+
+
+def value_names(
+    graph: fx.Graph,
+    symbols: Mapping[str, str],
+    given: Mapping[fx.Node, str] = MappingProxyType({}),
+    taken: Collection[str] = (),
+) -> dict[fx.Node, str]:
+    """Name every value after its module; weights by their slot, sizes by their symbol.
+
+    Args:
+        graph: What computes the values.
+        symbols: Name shown for a symbol.
+        given: Names of placeholders that are not to be called by their own.
+        taken: Names that values of other graphs have.
+    """
     nodes = [node for node in graph.nodes if node.op in ("call_function", "call_module")]
     per_path = Counter(local_path(node) for node in nodes)
-    used: Counter[str] = Counter()
+    used: Counter[str] = Counter(taken)
     names: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
             names[node] = str(node.target)
         elif node.op == "placeholder":
-            names[node] = node.name
-            used[node.name] += 1
+            names[node] = given.get(node, node.name)
+            used[names[node]] += 1
         elif node.op != "output":
             path, value = local_path(node), node.meta.get("val")
             last = path.rpartition(".")[2].replace("#", "_")

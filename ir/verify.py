@@ -7,6 +7,7 @@ graphs are looked at, and what an op does to shapes is derived once per op and a
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .branches import branches_of, choices, complaint, is_cond, operands_of
 from .errors import VerifyError
 from .graphs import output_nodes, place_of, remembered
 from .program import MAIN, Program
@@ -40,6 +42,7 @@ def verify(program: Program, *, by: str = "capture") -> None:
     """
     for key, graph in program.graphs.items():
         remembered(graph, verify, partial(_check_graph, key=key, by=by))
+    _check_choices(program, by)
     _check_signature(program, by)
     _check_calls(program, by)
     _check_weights(program, by)
@@ -88,7 +91,7 @@ def check_shapes(graph: fx.Graph, key: str, by: str) -> None:
         if recorded is None:
             raise _error(by, f"{node.name} records no shape", key, node)
         values[node] = recorded
-        if node.op != "call_function":
+        if node.op != "call_function" or is_cond(node):
             continue
         try:
             values[node] = derive(node, values, fake_mode(graph))
@@ -135,6 +138,26 @@ def _layout(value: Any) -> Any:
     return describe(value) if symbolic else (type(value).__name__, str(value))
 
 
+def _check_choices(program: Program, by: str) -> None:
+    """Check that branches exist, have one caller, and take and give what the choice says."""
+    found = complaint(program.graphs, {MAIN, *(i.block for i in program.instances.values())})
+    if found is not None:
+        what, at = found
+        raise _error(by, what, "", at) if at else VerifyError(f"{by} left a broken graph: {what}.")
+    for key, graph in program.graphs.items():
+        for node in choices(graph):
+            predicate: Any = node.args[0]
+            if predicate.meta["val"].dtype != torch.bool or predicate.meta["val"].numel() != 1:
+                raise _error(by, f"{node.name} does not ask one true or false", key, node)
+            takes = [describe(operand.meta["val"]) for operand in operands_of(node)]
+            gives = list(map(describe, node.meta["val"]))
+            for branch in map(program.graphs.__getitem__, branches_of(node)):
+                if _interface(branch).inputs != takes:
+                    raise _error(by, f"a branch of {node.name} takes other values", key, node)
+                if _interface(branch).outputs != gives:
+                    raise _error(by, f"a branch of {node.name} gives other values", key, node)
+
+
 def _check_signature(program: Program, by: str) -> None:
     inputs = [node.name for node in program.main.nodes if node.op == "placeholder"]
     expected = {spec.name for spec in program.signature.inputs}
@@ -153,7 +176,8 @@ def _check_signature(program: Program, by: str) -> None:
 def _check_calls(program: Program, by: str) -> None:
     """Check that calls and classes agree about what goes in and out."""
     called: set[str] = set()
-    for call, takes, gives in remembered(program.main, _calls, _calls):
+    found = (remembered(program.graphs[key], _calls, _calls) for key in program.scope())
+    for call, takes, gives in itertools.chain.from_iterable(found):
         name = str(call.target)
         instance = program.instances.get(name)
         if instance is None or instance.block not in program.graphs:
@@ -174,14 +198,17 @@ def _check_calls(program: Program, by: str) -> None:
 def _check_weights(program: Program, by: str) -> None:
     """Check that every slot holds a tensor of its shape, and that no tensor is held twice."""
     tensors = program.tensors
-    main = _interface(program.main)
-    _check_slots(tensors, {slot: slot for slot in main.slots}, main, MAIN, by)
+    for key in program.scope():
+        main = _interface(program.graphs[key])
+        _check_slots(tensors, {slot: slot for slot in main.slots}, main, key, by)
     for name, instance in program.instances.items():
-        interface = _interface(program.graphs[instance.block])
-        if len(interface.slots) != len(instance.weights):
-            surplus = instance.weights.keys() ^ interface.slots.keys()
+        interfaces = [_interface(program.graphs[key]) for key in program.scope(name)]
+        slots = {slot for interface in interfaces for slot in interface.slots}
+        if len(slots) != len(instance.weights):
+            surplus = instance.weights.keys() ^ slots
             raise VerifyError(f"{by} left slots {sorted(surplus)} unmatched.", where=name)
-        _check_slots(tensors, instance.weights, interface, name, by)
+        for interface in interfaces:
+            _check_slots(tensors, instance.weights, interface, name, by)
     _check_ties(tensors, by)
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, fx
 
+from ..branches import is_cond
 from ..graphs import is_mutable
 from ..regions import Region, local_path, unique_paths
 from ..run import run_nodes
@@ -88,4 +89,4 @@ def _pure(node: fx.Node) -> bool:
     symbolic = "Sym" in repr(describe(node.meta.get("val"))) or any(
         isinstance(size, torch.SymInt) for size in getattr(node.meta.get("val"), "shape", ())
     )
-    return not (seeded or symbolic or is_mutable(node))
+    return not (seeded or symbolic or is_mutable(node) or is_cond(node))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..graphs import argument_positions, block_calls, is_mutable
+from ..branches import is_cond
+from ..graphs import is_mutable
 from ..program import Program
 from ..shapes import concrete
 from .calls import LAYERS, op, shape
@@ -35,9 +36,8 @@ def origin_of(program: Program, place: Place) -> Place:
     while True:
         if op(node) in _THIN and _alike(node, node.args[0]):
             node = node.args[0]  # type: ignore[assignment]
-        elif node.op == "placeholder" and instance is not None:
-            node = _argument(program, instance, node)
-            instance = None
+        elif given := _given(program, (instance, node)):
+            instance, node = given
         else:
             return instance, node
 
@@ -49,12 +49,9 @@ def _alike(node: fx.Node, source: Any) -> bool:
     return list(map(str, shape(node))) == list(map(str, shape(source)))
 
 
-def _argument(program: Program, instance: str, placeholder: fx.Node) -> fx.Node:
-    """Return the value in main that a block instance gets for a placeholder."""
-    places = argument_positions(placeholder.graph)
-    found = block_calls(program.main)[instance].args[places[placeholder]]
-    assert isinstance(found, fx.Node)
-    return found
+def _given(program: Program, place: Place) -> Place | None:
+    """Return what a placeholder is given; None for an input of the program, and other nodes."""
+    return program.given(*place) if place[1].op == "placeholder" else None
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def expression_of(program: Program, root: Place) -> Expression | None:
     reads: dict[Place, frozenset[fx.Node]] = {}
     for place in places:
         node = place[1]
-        if node.op == "get_attr" or (node.op == "placeholder" and place[0] is None):
+        if node.op == "get_attr" or (node.op == "placeholder" and not _given(program, place)):
             reads[place] = frozenset({node})
         elif op(node).startswith("sym_") or op(node) in _SHAPES_ONLY:
             reads[place] = frozenset()
@@ -121,12 +118,13 @@ def _sources(program: Program, place: Place) -> list[Place]:
     """Return what a node reads, across calls of blocks."""
     instance, node = place
     if node.op == "placeholder":
-        return [] if instance is None else [(None, _argument(program, instance, node))]
+        given = _given(program, place)
+        return [given] if given else []
     return [(instance, source) for source in node.all_input_nodes]
 
 
 def _computable(node: fx.Node) -> bool:
-    if node.op == "call_module" or op(node) in _HEAVY or is_mutable(node):
+    if node.op == "call_module" or op(node) in _HEAVY or is_mutable(node) or is_cond(node):
         return False
     return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
@@ -156,10 +154,11 @@ def compute(program: Program, expression: Expression, fill: Fill) -> Tensor | No
             axes = tuple(size(s) for s in shape(node))
             if torch.Size(axes).numel() > _LARGEST:
                 return None
-            if node.op == "placeholder" and instance is None:
-                env[place] = fill(node, axes)
+            given = _given(program, place)
+            if given is not None:
+                env[place] = env[given]
             elif node.op == "placeholder":
-                (env[place],) = (env[source] for source in _sources(program, place))
+                env[place] = fill(node, axes)
             elif node.op == "get_attr":
                 env[place] = program.weight(str(node.target), instance)
             else:

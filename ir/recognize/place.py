@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from ..graphs import argument_positions, block_calls, output_nodes
+from ..graphs import output_nodes
 from ..program import Program
 from .calls import CARRYING, op
 from .flow import flow_of
@@ -30,10 +30,9 @@ def made_at(program: Program, place: Place) -> Place:
     """Follow a value through calls to the node that computes it."""
     while True:
         instance, node = place
-        if instance is not None and node.op == "placeholder":
-            call = block_calls(program.main)[instance]
-            given: Any = call.args[argument_positions(node.graph)[node]]
-            place = Place(None, given)
+        given = program.given(instance, node) if node.op == "placeholder" else None
+        if given is not None:
+            place = Place(*given)
         elif instance is None and op(node) == "getitem" and _calls(node.args[0]):
             picked: Any = node.args
             name = str(picked[0].target)

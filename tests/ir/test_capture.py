@@ -267,6 +267,18 @@ def test_tensors_nothing_depends_on_are_left_out_and_named() -> None:
     assert "idle.bias, idle.weight" in program.notes[0]
 
 
+class Squeezes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x.squeeze(0).squeeze(1).squeeze((0, 1)))
+
+
+def test_squeezing_an_axis_that_is_longer_is_nothing() -> None:
+    program = capture(Squeezes(), (torch.ones(1, 2, 3),))
+    called = [str(n.target) for n in program.main.nodes if n.op == "call_function"]
+    assert called == ["aten.squeeze.dim", "aten.relu.default"]
+    assert call(program, torch.ones(1, 2, 3)).shape == (2, 3)
+
+
 class Variadic(nn.Module):
     def forward(self, *xs: Tensor) -> Tensor:
         return xs[0] + xs[1]

@@ -10,9 +10,10 @@ from blockwright.ir.errors import VerifyError
 from blockwright.ir.program import Program
 from blockwright.ir.recognize import Linear
 from blockwright.ir.regions import regions
-from blockwright.ir.rewrite import rewrite, trace
+from blockwright.ir.rewrite import rewrite
 from blockwright.ir.run import run
 from blockwright.ir.shapes import fake_mode
+from blockwright.ir.trace import trace
 from blockwright.ir.verify import verify
 
 
