@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from torch import nn
 
-from ..ir.errors import BlockwrightError, NoMatchError, VerifyError
+from ..ir.errors import BlockwrightError, NoMatchError
 from ..ir.program import Program
 from ..ir.regions import Region
 from ..ir.rewrite import rewrite
@@ -21,9 +21,11 @@ from .bounds import check_bounds, check_spliced
 from .calibration import CERTIFIED_SETS
 from .casefile import versions
 from .certify import Certificate, Observed, certify, hold, observe, refer
+from .completed import completed
 from .instrument import Instruments, Stages
 from .numerics import Inputs
-from .plans import arranged
+from .plans import arranged, require_carried_out
+from .recover import Recover, Say, Training, recover, require_taken
 from .reproducer import Case, Reproducer, attach, error_text
 from .speed import SpeedGuard
 from .steps import Receipt, Step
@@ -45,6 +47,8 @@ class Setting:
         reproducer: Where a failing case goes.
         speed: Takes back what is slower.
         seed: Seed of random numbers.
+        recover: How to train what a pass wants trained; None not to.
+        say: Is told how far a training is.
     """
 
     inputs: Sequence[Inputs]
@@ -54,6 +58,13 @@ class Setting:
     reproducer: Reproducer | None
     speed: SpeedGuard | None
     seed: int
+    recover: Recover | None = None
+    say: Say | None = None
+
+    def fitting(self, program: Program) -> Setting:
+        """Return the setting with inputs for a program that passes have given more arguments."""
+        inputs = [program.completed(flat) for flat in self.inputs]
+        return replace(self, inputs=inputs, calibration=completed(program, self.calibration))
 
 
 @dataclass
@@ -105,33 +116,97 @@ def run_attempt(
 def _run(
     attempt: Attempt, setting: Setting, observed: Observed | None
 ) -> tuple[Program, Step, Observed | None]:
+    unprepared, attempt.old = attempt.old, attempt.pass_.prepared(attempt.old)
     pass_, old, clock = attempt.pass_, attempt.old, attempt.clock
-    plan, replaced, spliced = _rewrite(attempt, setting, _plan(attempt, setting))
-    new, certificate = spliced, None
-    if replaced:
-        with clock("recover"):
-            new = pass_.recover(old, spliced, plan, setting.calibration)
-            _require_same_graphs(pass_, spliced, new)
+    given, new, rounds = attempt.plan, old, list[Round]()
+    for number in range(max(1, pass_.rounds(old))):
+        round_ = _round(attempt, setting, given, new, number)
+        new = round_.new
+        rounds.append(round_)
+        if not round_.replaced:
+            break
+    plan = _joined([round_.plan for round_ in rounds])
+    _require_match(pass_, plan)
+    if given is not None:
+        require_carried_out(given, plan, pass_)
+    trained = tuple(training for round_ in rounds for training in round_.trained)
+    if setting.recover is not None:
+        require_taken(new, trained, setting.recover)
+    replaced, certificate = any(round_.replaced for round_ in rounds), None
+    new = new if replaced else unprepared
     if replaced and setting.verify_each:
         with clock("verify"):
             verify(new, by=pass_.name)
     if replaced and observed is not None:
         with clock("certify"):
             after = observe(new, setting.inputs)
-            first = setting.inputs[0]
-            found = after.outputs[0] if new is spliced else run(spliced, first)
-            check_spliced(pass_, old, replaced, first, found)
-            certificate = _certify(setting, attempt, new, plan, replaced, observed, after)
+            for round_ in rounds:
+                _check_round(pass_, round_, setting.inputs[0])
+            certificate = _certify(setting, attempt, new, plan, rounds, observed, after)
             observed = after
-    receipt = Receipt.of(pass_, old, new, plan)
+    receipt = Receipt.of(pass_, old, new, plan, trained)
     return new, Step(pass_, plan, receipt, certificate, clock.seconds), observed
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one round of a pass did; most passes have one.
+
+    Attributes:
+        old: The program before it.
+        plan: What of the plan it carried out.
+        replaced: Regions of the program before it, and what stands in their places.
+        spliced: The program before training.
+        new: The program after it.
+        trained: What training did.
+    """
+
+    old: Program
+    plan: Plan[Any]
+    replaced: Replaced
+    spliced: Program
+    new: Program
+    trained: tuple[Training, ...]
+
+
+def _round(
+    attempt: Attempt, setting: Setting, given: Plan[Any] | None, old: Program, number: int
+) -> Round:
+    """Plan, rewrite and recover once."""
+    pass_, clock = attempt.pass_, attempt.clock
+    part = None if given is None else pass_.part(given, number)
+    attempt.plan = _plan(attempt, setting, old, part)
+    plan, replaced, spliced = _rewrite(attempt, setting, old, attempt.plan)
+    new, trained = spliced, tuple[Training, ...]()
+    if replaced and setting.recover is not None:
+        with clock("recover"):
+            stages = pass_.recovery(old, spliced, plan)
+            new, trained = recover(
+                old, spliced, stages, setting.calibration, setting.recover, by=pass_.name,
+                say=setting.say,
+            )  # fmt: skip
+    return Round(old, plan, replaced, spliced, new, trained)
+
+
+def _check_round(pass_: AnyPass, round_: Round, inputs: Inputs) -> None:
+    """Compare what was spliced in with the modules a pass gave."""
+    if round_.replaced:
+        found = run(round_.spliced, inputs)
+        check_spliced(pass_, round_.old, round_.replaced, inputs, found)
+
+
+def _joined(plans: Sequence[Plan[Any]]) -> Plan[Any]:
+    """Return one plan of several rounds; what one round skips another may decide about."""
+    decisions = {label: d for plan in plans for label, d in plan.decisions.items()}
+    skips = {label: reason for plan in plans for label, reason in plan.skips.items()}
+    return Plan(decisions, {k: v for k, v in skips.items() if k not in decisions})
+
+
 def _rewrite(
-    attempt: Attempt, setting: Setting, plan: Plan[Any]
+    attempt: Attempt, setting: Setting, old: Program, plan: Plan[Any]
 ) -> tuple[Plan[Any], Replaced, Program]:
     """Carry a plan out; return what of it was kept, the replacements, and the new program."""
-    pass_, old, clock = attempt.pass_, attempt.old, attempt.clock
+    pass_, clock = attempt.pass_, attempt.clock
     with clock("rewrite"):
         replaced = _replacements(old, pass_, plan)
         new = rewrite(old, replaced, by=pass_.name) if replaced else old
@@ -145,18 +220,17 @@ def _rewrite(
     return _without(plan, slow), replaced, new
 
 
-def _plan(attempt: Attempt, setting: Setting) -> Plan[Any]:
-    pass_, program, clock = attempt.pass_, attempt.old, attempt.clock
-    if attempt.plan is not None:
+def _plan(
+    attempt: Attempt, setting: Setting, program: Program, given: Plan[Any] | None
+) -> Plan[Any]:
+    pass_, clock = attempt.pass_, attempt.clock
+    if given is not None:
         with clock("plan"):
-            attempt.plan = arranged(attempt.plan, pass_, program)
-    else:
-        with clock("measure"):
-            evidence = pass_.measure(program, setting.calibration)
-        with clock("plan"):
-            attempt.plan = pass_.plan(program, evidence)
-    _require_match(pass_, attempt.plan)
-    return attempt.plan
+            return arranged(given, pass_, program)
+    with clock("measure"):
+        evidence = pass_.measure(program, setting.calibration)
+    with clock("plan"):
+        return pass_.plan(program, evidence)
 
 
 def _certify(
@@ -164,13 +238,14 @@ def _certify(
     attempt: Attempt,
     new: Program,
     plan: Plan[Any],
-    replaced: Replaced,
+    rounds: Sequence[Round],
     before: Observed,
     after: Observed,
 ) -> Certificate:
     """Write the certificate of a pass, and hold the pass to its promise."""
     pass_, old, inputs = attempt.pass_, attempt.old, setting.inputs
-    decided = [(region, plan.decisions[region.label]) for region, _ in replaced]
+    replaced = rounds[0].replaced
+    decided = [(region, plan.decisions[region.label]) for r in rounds for region, _ in r.replaced]
     exact = refer(old, inputs, before, after)
     bound = check_bounds(pass_, old, replaced, inputs)
     predicted = predict(pass_, old, new, decided, inputs[0])
@@ -206,15 +281,6 @@ def _require_match(pass_: AnyPass, plan: Plan[Any]) -> None:
         f"{pass_.name} changed nothing: it {found}{': ' + reasons[0] if reasons else ''}.",
         remedy="check its options with `blockwright passes`, or set allow_no_match=true.",
     )
-
-
-def _require_same_graphs(pass_: AnyPass, spliced: Program, recovered: Program) -> None:
-    """Recovery may give weights other values and nothing else."""
-    if recovered is not spliced and recovered.text() != spliced.text():
-        raise VerifyError(
-            f"{pass_.name} changed the graph while recovering.",
-            remedy="recover returns new.with_(tensors=...): the same graphs over better weights.",
-        )
 
 
 def _case(attempt: Attempt, setting: Setting, error: Exception) -> Case:

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from ..ir.blueprint import blueprint
 from ..ir.graphs import output_nodes
 from ..ir.regions import Region
-from ..ir.rewrite import trace
 from ..ir.run import run_nodes
 from ..ir.shapes import fake_mode
+from ..ir.trace import trace
 from .bisect_search import distance
 
 ROUNDINGS = 64  # of an op's own type that its result may be off by before it counts as wrong

@@ -77,8 +77,7 @@ class Applied:
         if not some:
             return self.before
         with transaction(self.before, self.pass_.name, self.seed):
-            new = rewrite(self.before, some, by=self.pass_.name)
-            return self.pass_.recover(self.before, new, self.restricted(some), self.inputs)
+            return rewrite(self.before, some, by=self.pass_.name)
 
     def restricted(self, some: Sequence[Replacement]) -> Plan[Any]:
         """Return the part of the plan that some of the replacements carry out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..ir.errors import BlockwrightError, OptionError
 from ..ir.program import Program
 
 CERTIFIED_SETS = 4  # input sets a certificate is measured on beside the example
+TaskLoss = Callable[[Any, Any], Tensor]  # (outputs as the model returns them, target) -> [batch]
 CALIBRATION_LIMIT = 1024  # input sets looked at when a calibration does not end
 
 
@@ -59,6 +60,44 @@ class CalibrationSets:
         return flat
 
 
+class JudgedSets(CalibrationSets):
+    """Calibration inputs that come with targets: pairs of both."""
+
+    def __init__(self, program: Program, source: Iterable[Any], loss: TaskLoss) -> None:
+        super().__init__(program, source)
+        self._loss = loss
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (flat for flat, _ in self.pairs())
+
+    def pairs(self) -> Iterator[tuple[list[Tensor], Any]]:
+        """Yield flat inputs and their target."""
+        for index, item in enumerate(islice(self._source, CALIBRATION_LIMIT)):
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise OptionError(
+                    f"it is a {type(item).__name__}, not a pair (inputs, target).",
+                    where=f"calibration batch {index}",
+                    remedy="with loss=... every batch comes with what the model should make of it.",
+                )
+            inputs, target = item
+            yield self._flat(index, inputs), target
+
+    def loss(self, outputs: Sequence[Tensor], target: Any) -> Tensor:
+        """Return the loss of each sample, [batch].
+
+        Raises:
+            OptionError: The loss function gave something else.
+        """
+        found = self._loss(self._program.signature.pack(outputs), target)
+        if not isinstance(found, Tensor) or found.dim() != 1:
+            have = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise OptionError(
+                f"loss(outputs, target) returned {have}, one number per sample is needed.",
+                remedy="leave the mean out: reduction='none', then the mean over all other axes.",
+            )
+        return found
+
+
 def example_set(program: Program, model: Any, example_inputs: ExampleInputs) -> list[Tensor]:
     """Return the example call as flat tensors, state included."""
     if isinstance(model, nn.Module):
@@ -72,12 +111,15 @@ def example_set(program: Program, model: Any, example_inputs: ExampleInputs) -> 
     elif example_inputs is not None:
         args, kwargs = tuple(example_inputs), {}
     else:
-        return _made_up(program)
+        return made_up(program)
     return program.arranged(program.signature.bind(args, kwargs))
 
 
 def calibration_sets(
-    program: Program, example: list[Tensor], source: Iterable[Any] | None
+    program: Program,
+    example: list[Tensor],
+    source: Iterable[Any] | None,
+    loss: TaskLoss | None = None,
 ) -> tuple[list[list[Tensor]], Iterable[list[Tensor]]]:
     """Return the sets to certify on, and those to calibrate on: the example when none are given.
 
@@ -86,7 +128,7 @@ def calibration_sets(
     """
     if source is None:
         return [example], [example]
-    sets = CalibrationSets(program, source)
+    sets = JudgedSets(program, source, loss) if loss else CalibrationSets(program, source)
     first = list(islice(sets, CERTIFIED_SETS))
     if not first:
         raise OptionError(
@@ -95,7 +137,7 @@ def calibration_sets(
     return [example, *first], sets
 
 
-def _made_up(program: Program) -> list[Tensor]:
+def made_up(program: Program) -> list[Tensor]:
     """Make valid inputs for a program that came without any: small integers and normal floats."""
     sizes, generator = program.sizes(), torch.Generator().manual_seed(0)
     made: list[Tensor] = []

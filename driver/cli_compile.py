@@ -25,10 +25,13 @@ from .cli_options import (
     Json,
     MeasureSpeed,
     ModelArgument,
+    NoRecover,
     Order,
     Passes,
     PlanFile,
     RecipeFile,
+    RecoverSteps,
+    RecoverWeights,
     Seed,
     Statistics,
     Threads,
@@ -40,6 +43,7 @@ from .compile import compile as compile_model
 from .instrument import Instruments
 from .recipe import resolve
 from .recipe_text import read_calls
+from .recover import Recover
 from .register import AnyPass
 
 
@@ -82,6 +86,9 @@ def compile_command(
     crash_reproducer: CrashReproducer = None,
     checkpoint: CheckpointFolder = None,
     measure_speed: MeasureSpeed = False,
+    no_recover: NoRecover = False,
+    recover_steps: RecoverSteps = None,
+    recover_weights: RecoverWeights = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -114,6 +121,7 @@ def compile_command(
             reproducer=crash_reproducer,
             checkpoint=checkpoint,
             measure_speed=measure_speed,
+            recover=not no_recover and Recover(steps=recover_steps, weights=recover_weights),
             allow_nonfinite=allow_nonfinite,
             seed=seed,
             progress=report,

@@ -95,6 +95,23 @@ CheckpointFolder = Annotated[
 MeasureSpeed = Annotated[
     bool, typer.Option("--measure-speed", help="Take back what makes its block slower.")
 ]
+NoRecover = Annotated[
+    bool, typer.Option("--no-recover", help="Do not train back what passes have changed.")
+]
+RecoverSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--recover-steps", min=1, help="Steps of each training. Default: as the pass says."
+    ),
+]
+RecoverWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--recover-weights",
+        metavar="PATH",
+        help="Take trained weights from an engine or a safetensors file instead of training.",
+    ),
+]
 Backend = Annotated[str, typer.Option(help="Where it runs; `blockwright doctor` lists them.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")]
 Sizes = Annotated[

@@ -17,7 +17,7 @@ from ..ir.plain import plain
 from ..ir.program import Program
 from ..ir.verify import verify
 from ..passes.base import Pass
-from .calibration import calibration_sets, example_set
+from .calibration import TaskLoss, calibration_sets, example_set
 from .casefile import inputs_hash
 from .facts import check_recipe
 from .instrument import Instruments, Which
@@ -27,6 +27,7 @@ from .numerics import Inputs
 from .order import ordered
 from .plans import Plans
 from .recipe import resolve, to_text
+from .recover import Recover
 from .reproducer import Reproducer
 from .speed import SpeedGuard
 from .whole import certify_whole
@@ -53,6 +54,8 @@ def compile(
     reproducer: Reproducer | str | Path | None = None,
     checkpoint: str | Path | None = None,
     measure_speed: bool = False,
+    recover: Recover | bool = True,
+    loss: TaskLoss | None = None,
     allow_nonfinite: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -80,6 +83,10 @@ def compile(
         reproducer: Directory that gets a replayable case when a pass fails.
         checkpoint: Directory that remembers passes done; a killed compile continues after them.
         measure_speed: Take back replacements that make their block slower on the backend.
+        recover: How to train what passes want trained back, the program before each as teacher, on
+            the calibration; False not to. Without a calibration nothing is trained.
+        loss: What a task costs: takes the model's outputs and a target, returns [batch]. The
+            calibration then holds pairs (inputs, target). Passes that search by quality need it.
         allow_nonfinite: Accept NaN and infinite weights.
         seed: Seed of random numbers that passes draw.
         progress: Called with (what runs, steps done, steps in all).
@@ -110,7 +117,7 @@ def compile(
     if not allow_nonfinite:
         require_finite(program)
     example = example_set(program, model, example_inputs)
-    inputs, stream = calibration_sets(program, example, calibration)
+    inputs, stream = calibration_sets(program, example, calibration, loss)
     if on_meta(program):
         inputs, stream = [], []
     compiled, steps = run_passes(
@@ -118,6 +125,7 @@ def compile(
         recipe,
         inputs,
         calibration=stream,
+        recover=recover if calibration is not None else False,
         plans=plans,
         verify_each=verify_each,
         print_ir_after=print_ir_after,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..ir.plain import plain
 from ..ir.program import Program
 from ..passes.base import Calibration, Pass
 from .attempt import Attempt, Setting, run_attempt
@@ -18,6 +20,7 @@ from .instrument import Instruments, Stages, Which
 from .numerics import Inputs
 from .order import ordered
 from .plans import Plans, read_plans
+from .recover import Recover
 from .reproducer import Reproducer
 from .resume import Checkpoint
 from .speed import SpeedGuard
@@ -43,6 +46,7 @@ def run_passes(
     reproducer: Reproducer | str | Path | None = None,
     checkpoint: str | Path | None = None,
     speed: SpeedGuard | None = None,
+    recover: Recover | bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Program, list[Step]]:
@@ -60,6 +64,8 @@ def run_passes(
         instruments: What else to show.
         reproducer: Directory that gets the case when a pass fails.
         checkpoint: Directory that remembers passes done, for a compile that is killed.
+        recover: How to train what passes want trained back; False not to. Without a calibration
+            nothing is trained.
         speed: Reverts replacements that are slower; None to leave speed alone.
         seed: Seed of random numbers passes draw.
         progress: Called with (what runs, passes done, passes in all).
@@ -76,7 +82,14 @@ def run_passes(
     instruments.check(passes)
     case = Reproducer(Path(reproducer)) if isinstance(reproducer, str | Path) else reproducer
     stream = inputs if calibration is None else calibration
-    setting = Setting(inputs, stream, verify_each, instruments, case, speed, seed)
+    training = Recover() if recover is True else recover or None
+    if training is not None and training.checkpoint is None and checkpoint is not None:
+        training = replace(training, checkpoint=Path(checkpoint) / "training")
+    setting = Setting(
+        inputs, stream, verify_each, instruments, case, speed, seed,
+        recover=training if calibration is not None else None, say=progress,
+    )  # fmt: skip
+    first = program.signature
     with contextlib.ExitStack() as stack:
         store: Checkpoint | None = None
         steps: list[Step] = []
@@ -95,6 +108,8 @@ def run_passes(
             if inputs and observed is None:
                 observed = observe(program, inputs)
             attempt = Attempt(pass_, program, given[index], Stages())
+            if program.signature != first:
+                setting = setting.fitting(program)
             program, step, observed = run_attempt(attempt, setting, observed)
             steps.append(step)
             if store is not None:
@@ -109,7 +124,7 @@ def run_passes(
 def _about(setting: Setting, passes: Sequence[AnyPass]) -> dict[str, Any]:
     """Return what the results of passes depend on beside the model and themselves."""
     calibrated = any(
-        type(pass_).measure is not Pass.measure or type(pass_).recover is not Pass.recover
+        type(pass_).measure is not Pass.measure or type(pass_).recovery is not Pass.recovery
         for pass_ in passes
     )
     return {
@@ -119,5 +134,11 @@ def _about(setting: Setting, passes: Sequence[AnyPass]) -> dict[str, Any]:
             "seed": setting.seed,
             "verify_each": setting.verify_each,
             "speed": setting.speed is not None,
+            "recover": _lasting(setting.recover) if calibrated else None,
         },
     }
+
+
+def _lasting(recover: Recover | None) -> Any:
+    """Return what of a training's options its result depends on."""
+    return plain(recover and replace(recover, checkpoint=None, every=1, features="stream"))

@@ -64,6 +64,23 @@ def arranged(plan: AnyPlan, pass_: Pass[Any, Any], program: Program) -> AnyPlan:
     return Plan(dict(decisions), dict(skips))
 
 
+def require_carried_out(given: AnyPlan, done: AnyPlan, pass_: Pass[Any, Any]) -> None:
+    """Refuse a plan of which a pass that works in rounds has left something out.
+
+    Raises:
+        OptionError: Names the first.
+    """
+    known = {**done.decisions, **done.skips}
+    left = [label for label in given.decisions if label not in known]
+    if left:
+        raise OptionError(
+            f"the plan for {pass_.name} decides about {len(given.decisions)} places, and {pass_}"
+            f" carries out {len(done.decisions)} of them.",
+            where=left[0],
+            remedy="give the options the plan was made with.",
+        )
+
+
 def _read_file(path: Path, passes: Sequence[Pass[Any, Any]]) -> list[Mapping[str, Any] | None]:
     """Return the plans of a plan.json, or of the one in an artefact."""
     try:

@@ -10,6 +10,7 @@ from ..ir.plain import fit, plain
 from ..ir.program import Program
 from ..passes.base import Pass, Plan
 from .certify import Certificate
+from .recover import Training
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Receipt:
         bytes: Bytes of stored tensors before and after.
         nodes: Nodes of the flat graph before and after.
         statistics: Counters of the pass's own.
+        trained: What each stage of recovery did.
     """
 
     candidates: int
@@ -33,9 +35,17 @@ class Receipt:
     bytes: tuple[int, int]
     nodes: tuple[int, int]
     statistics: dict[str, int] = field(default_factory=dict)
+    trained: tuple[Training, ...] = ()
 
     @classmethod
-    def of(cls, pass_: Pass[Any, Any], old: Program, new: Program, plan: Plan[Any]) -> Receipt:
+    def of(
+        cls,
+        pass_: Pass[Any, Any],
+        old: Program,
+        new: Program,
+        plan: Plan[Any],
+        trained: tuple[Training, ...] = (),
+    ) -> Receipt:
         """Write the receipt of a pass."""
         before, after = old.cost(), new.cost()
         return cls(
@@ -46,6 +56,7 @@ class Receipt:
             bytes=(before.weight_bytes, after.weight_bytes),
             nodes=(old.nodes(), new.nodes()),
             statistics=dict(pass_.statistics(plan)),
+            trained=trained,
         )
 
     def __str__(self) -> str:

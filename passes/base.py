@@ -4,8 +4,8 @@
 
 A method fills in `decide` (which regions, how) and `replace` (what stands there instead); a method
 with a global budget or a need of calibration overrides `plan`, one that calibrates `measure`, one
-that trains `recover`. The framework finds regions, traces and splices, verifies, and writes receipt
-and certificate.
+that trains `recovery`. The framework finds regions, traces, splices, trains, verifies, and writes
+receipt and certificate.
 
 What a pass needs of the graph, ends and establishes are *facts*, a closed vocabulary in `ir.facts`:
 weights are dense, each idea is one op, calibration is still valid, feed-forward networks are plain
@@ -20,21 +20,26 @@ import json
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
 from ..ir.errors import OptionError
 from ..ir.facts import Fact
-from ..ir.plain import fit, plain
+from ..ir.plain import plain
 from ..ir.program import Program
 from ..ir.regions import Region, regions
+from .plan import Plan, Skip
+from .shared.recovery import Stage
 
 R = TypeVar("R", bound=Region)
 D = TypeVar("D")
 Calibration = Iterable[Sequence[Tensor]]  # flat inputs of `main`, as often as one asks
+
+__all__ = ["Calibration", "Evidence", "Judged", "Pass", "Plan", "Promise", "Skip", "judged",
+           "require_choice", "selected"]  # fmt: skip
 
 
 class Promise(StrEnum):
@@ -44,60 +49,6 @@ class Promise(StrEnum):
     BOUNDED = "bounded"
     APPROXIMATE = "approximate"
     BEHAVIOUR_CHANGING = "behaviour-changing"
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Why a pass leaves a region alone.
-
-    Attributes:
-        reason: Completes the sentence "the region ...", as in "has 3 neurons, 4 would be kept".
-        at: The region.
-    """
-
-    reason: str
-    at: Region
-
-
-@dataclass(frozen=True)
-class Plan(Generic[D]):
-    """What a pass will do: plain data that prints, saves and can be replayed.
-
-    Attributes:
-        decisions: Decision by region label.
-        skips: Reason by region label.
-    """
-
-    decisions: Mapping[str, D]
-    skips: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data, to be saved, edited and read back."""
-        return {"decisions": plain(self.decisions), "skips": dict(self.skips)}
-
-    @classmethod
-    def from_json(cls, data: Any, method: type[Pass[Any, D]]) -> Self:
-        """Return the plan that plain data stands for.
-
-        Args:
-            data: As from `to_json`; `skips` may be missing.
-            method: The pass that is to carry it out.
-
-        Raises:
-            OptionError: The data is no plan, or not one of this pass.
-        """
-        try:
-            known = isinstance(data, Mapping) and data.keys() <= {"decisions", "skips"}
-            decisions = fit(data["decisions"], dict[str, Any]) if known else None
-            skips = fit(data.get("skips", {}), dict[str, str])
-        except (AttributeError, KeyError, TypeError):
-            decisions = None
-        if decisions is None:
-            raise OptionError(
-                f"this is no plan of {method.name}.",
-                remedy='give {"decisions": {region: decision}} as a plan.json holds it.',
-            )
-        return cls({label: _decision(label, d, method) for label, d in decisions.items()}, skips)
 
 
 @dataclass(frozen=True)
@@ -112,6 +63,34 @@ class Evidence:
 
     samples: int
     regions: Mapping[str, Any]
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """Calibration inputs with what the model should make of them."""
+
+    def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        """Yield flat inputs of `main`."""
+
+    def pairs(self) -> Iterator[tuple[Sequence[Tensor], Any]]:
+        """Yield flat inputs and their target."""
+
+    def loss(self, outputs: Sequence[Tensor], target: Any) -> Tensor:
+        """Return the loss of each sample, [batch], of the program's flat outputs."""
+
+
+def judged(calibration: Calibration, by: str) -> Judged:
+    """Return calibration inputs that come with targets and a loss.
+
+    Raises:
+        OptionError: They do not.
+    """
+    if isinstance(calibration, Judged):
+        return calibration
+    raise OptionError(
+        f"{by} judges by the loss of a task, and there is none.",
+        remedy="pass loss=... and give the calibration as pairs (inputs, target).",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +155,30 @@ class Pass(ABC, Generic[R, D]):
         """
         return None
 
-    def recover(
-        self, old: Program, new: Program, plan: Plan[D], calibration: Calibration
-    ) -> Program:
-        """Return the new program with better weights, the old one as teacher.
+    def recovery(self, old: Program, new: Program, plan: Plan[D]) -> Sequence[Stage]:
+        """Say which weights of the new program are trained, one stage after the other.
 
-        Graphs stay as they are, and tensors that both programs hold are not written into.
+        Args:
+            old: The teacher: the program the plan was made for.
+            new: The student: what the rewrite made of it.
+            plan: What was carried out.
         """
-        return new
+        return ()
+
+    def prepared(self, program: Program) -> Program:
+        """Return the program with what replacements read besides their regions: new arguments."""
+        return program
+
+    def rounds(self, program: Program) -> int:
+        """Say how often the pass measures, plans, rewrites and recovers; once by default.
+
+        Each round is planned on what the one before has left.
+        """
+        return 1
+
+    def part(self, plan: Plan[D], number: int) -> Plan[D]:
+        """Return the decisions of a plan that are carried out in a round, counted from 0."""
+        return plan
 
     def predict(self, region: R, decision: D) -> Mapping[str, int]:
         """Say what a decision will change, before it is carried out.
@@ -276,17 +271,6 @@ def _default(f: dataclasses.Field[Any]) -> Any:
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
     return f.default
-
-
-def _decision(label: str, data: Any, method: type[Pass[Any, D]]) -> D:
-    try:
-        return fit(data, method.decision_type())
-    except TypeError as error:
-        raise OptionError(
-            f"{method.name} cannot decide {str(data)[:80]!r}.",
-            where=f"the plan for {label}",
-            remedy="see `plan.json` of an engine made by the pass for what it decides.",
-        ) from error
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from blockwright.driver import cli
@@ -96,6 +98,26 @@ def test_a_checkpoint_is_continued(folder: Path) -> None:
     result = compiled("--pass", "fuse-projections", "--pass", "quantize-weights", "--checkpoint",
                       "kept")  # fmt: skip
     assert "continued after fuse-projections" in result.stderr
+
+
+def test_weights_are_trained_back_or_taken_from_an_engine(folder: Path) -> None:
+    example = torch.arange(32).reshape(2, 16)
+    save_file({"tokens": example}, "more.safetensors")
+    recipe = ("--pass", "share-blocks", "--calibration", "more.safetensors", "--json")
+
+    def trained(*options: str) -> list[dict[str, Any]]:
+        result = compiled(*recipe, *options)
+        assert result.exit_code == 0, result.output
+        (step,) = json.loads(result.stdout)["record"]["steps"]
+        return step["receipt"]["trained"]
+
+    assert trained("--no-recover") == []
+    (made,) = trained("--recover-steps", "3")
+    assert made["steps"] == 3
+    Path("a.bw").rename("first.bw")
+    (taken,) = trained("--recover-weights", "first.bw")
+    assert taken["steps"] == 0
+    assert taken["after"] == pytest.approx(made["after"] if made["kept"] else made["before"])
 
 
 def test_verify_says_whether_an_engine_is_what_it_claims(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from blockwright.ir.recognize import Linear
 from blockwright.models.gpt import GPT
 from blockwright.passes import FuseProjections, QuantizeWeights
 from blockwright.passes.base import Calibration, Evidence, Pass, Plan, Promise, Skip
+from blockwright.passes.shared.recovery import Stage as Training
 
 ROOT = str(Path(blockwright.__file__).parent)
 WATCHED = tuple(f"{ROOT}/{folder}/" for folder in ("driver", "ir", "passes"))
@@ -140,11 +141,9 @@ class Stage(Pass[Linear, int]):
         self._reach("replace")
         return Same(region.weight, region.bias)
 
-    def recover(
-        self, old: Program, new: Program, plan: Plan[int], calibration: Calibration
-    ) -> Program:
-        self._reach("recover")
-        return new
+    def recovery(self, old: Program, new: Program, plan: Plan[int]) -> Sequence[Training]:
+        self._reach("recovery")
+        return ()
 
 
 class Same(nn.Module):
@@ -158,14 +157,14 @@ class Same(nn.Module):
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("stage", ["measure", "plan", "decide", "replace", "recover"])
+@pytest.mark.parametrize("stage", ["measure", "plan", "decide", "replace", "recovery"])
 def test_every_step_fails_clean(
     gpt: GPT, tokens: Tensor, program: Program, stage: str, error: type[BaseException]
 ) -> None:
     model, before = module_fingerprint(gpt), fingerprint(program)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr] # noqa: NPY002
     with pytest.raises(error, match="planted"):
-        run_passes(program, [Stage(at=stage, error=error)], [[tokens]])
+        run_passes(program, [Stage(at=stage, error=error)], [[tokens]], calibration=[[tokens]])
     assert fingerprint(program) == before
     assert module_fingerprint(gpt) == model
     assert torch.equal(torch.get_rng_state(), states[0])

@@ -1,0 +1,1 @@
+"""What several methods share. A pass may import these, never another pass."""
