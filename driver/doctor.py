@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
         },
         "machine": {
             "system": platform.platform(),
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cpu_features": cpu_features(),
             "cores": _cores(),
@@ -87,7 +87,8 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
     name = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return name[1] if name else platform.processor() or platform.machine()
 

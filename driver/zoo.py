@@ -18,7 +18,22 @@ from torch import Tensor, nn
 
 from ..backends.report import count
 from ..ir.errors import OptionError
-from ..models import bert, dit, gpt, llama, mmdit, pixart, qwen_image, swin, vit, wan
+from ..models import (
+    algoformer,
+    bert,
+    dit,
+    flux,
+    gpt,
+    lego,
+    llama,
+    pixart,
+    qwen_image,
+    sd3,
+    swin,
+    vit,
+    wan,
+    widenet,
+)
 
 DRAWN_LIMIT = 1_000_000_000  # most parameters that are drawn; 4 GB in fp32
 DRAWN_STD = 0.02  # of every matrix, as BERT and GPT-2 start
@@ -111,13 +126,24 @@ PRESETS = (
     Preset("dit-xl/2", dit.DiT, dit.DIT_XL2, _one()),
     Preset("pixart-alpha", pixart.PixArt, pixart.PIXART_ALPHA_1024, _one(words=120)),
     Preset("pixart-alpha-512", pixart.PixArt, pixart.PIXART_ALPHA_512, _one(words=120)),
-    Preset("sd3-medium", mmdit.SD3, mmdit.SD3_MEDIUM, _one(words=154)),
-    Preset("flux.1-dev", mmdit.Flux, mmdit.FLUX_1_DEV, _SQUARE),
-    Preset("flux.1-schnell", mmdit.Flux, mmdit.FLUX_1_SCHNELL, _SQUARE | {"words": 256}),
+    Preset("sd3-medium", sd3.SD3, sd3.SD3_MEDIUM, _one(words=154)),
+    Preset("flux.1-dev", flux.Flux, flux.FLUX_1_DEV, _SQUARE),
+    Preset("flux.1-schnell", flux.Flux, flux.FLUX_1_SCHNELL, _SQUARE | {"words": 256}),
     Preset("qwen-image", qwen_image.QwenImage, qwen_image.QWEN_IMAGE,
            _one(height=128, width=128, words=512)),
     Preset("wan2.1-1.3b", wan.Wan, wan.WAN_2_1_1_3B, _VIDEO),
     Preset("wan2.1-14b", wan.Wan, wan.WAN_2_1_14B, _VIDEO),
+    Preset("widenet-b", widenet.WideViT, widenet.WIDENET_B, _one()),
+    Preset("widenet-l", widenet.WideViT, widenet.WIDENET_L, _one()),
+    Preset("widenet-h", widenet.WideViT, widenet.WIDENET_H, _one()),
+    Preset("algoformer", algoformer.AlgoFormer, algoformer.ALGOFORMER, _one(seq=82)),
+    Preset("lego-s-pg-64", lego.Lego, lego.S_PG_64, _one()),
+    Preset("lego-l-pg-64", lego.Lego, lego.L_PG_64, _one()),
+    Preset("lego-l-pr-64", lego.Lego, lego.L_PR_64, _one()),
+    Preset("lego-xl-pg-32", lego.Lego, lego.XL_PG_32, _one()),
+    Preset("lego-xl-pr-32", lego.Lego, lego.XL_PR_32, _one()),
+    Preset("lego-xl-u-32", lego.Lego, lego.XL_U_32, _one()),
+    Preset("lego-xl-pg-64", lego.Lego, lego.XL_PG_64, _one()),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ir.capture import capture
 from ..ir.program import Program
-from ..models import bert, dit, gpt, llama, mmdit, swin, vit
+from ..models import bert, dit, flux, gpt, llama, swin, vit
 from .build_module import to_module
 from .configs import (
     AttentionConfig,
@@ -81,7 +81,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: bert.Bert(replace(bert.TOY, depth=2)),
     "vit": lambda: vit.ViT(replace(vit.TOY, depth=2)),
     "dit": lambda: dit.DiT(replace(dit.TOY, depth=2)),
-    "flux": lambda: mmdit.Flux(replace(mmdit.TOY_FLUX, double_depth=1, single_depth=1)),
+    "flux": lambda: flux.Flux(replace(flux.TOY_FLUX, double_depth=1, single_depth=1)),
     "swin": lambda: swin.Swin(replace(swin.TOY, depths=(1, 2))),
     "spelled": Spelled,
 }

@@ -6,7 +6,7 @@ Test folders have no `__init__.py`; what tests share are fixtures.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from blockwright.ir.program import Program
 from blockwright.models.gpt import GPT, GPTConfig
 
 if TYPE_CHECKING:
+    from blockwright.testing.acceptance import Acceptance
     from blockwright.testing.toys import Toy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,13 @@ def toy_gpt() -> Toy:
 
 
 @pytest.fixture(scope="session")
+def toy_deep_gpt() -> Toy:
+    from blockwright.testing import toys
+
+    return toys.deep_gpt()
+
+
+@pytest.fixture(scope="session")
 def toy_llama() -> Toy:
     from blockwright.testing import toys
 
@@ -96,6 +104,24 @@ def toy_dit() -> Toy:
     from blockwright.testing import toys
 
     return toys.dit()
+
+
+@pytest.fixture(scope="session")
+def toy_flux() -> Toy:
+    from blockwright.testing import toys
+
+    return toys.flux()
+
+
+@pytest.fixture
+def acceptance(request: pytest.FixtureRequest) -> Iterator[Acceptance]:
+    """Records rows of docs/acceptance.md; `make acceptance` writes them."""
+    from blockwright.testing.acceptance import Acceptance, publish
+
+    recorder = Acceptance(request.node.nodeid)
+    yield recorder
+    if os.environ.get("BLOCKWRIGHT_ACCEPTANCE") == "rewrite":
+        publish(ROOT, recorder.test, recorder.rows)
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ The first call trains, one to three minutes on one core; later ones read the wei
 """
 
 from .drawing import dit
-from .language import gpt, llama
+from .language import deep_gpt, gpt, llama
 from .masked import bert
+from .painting import flux
 from .sampling import sample
-from .toy import Toy
+from .toy import Task, Toy
 from .vision import vit
 
-__all__ = ["Toy", "bert", "dit", "gpt", "llama", "sample", "vit"]
+__all__ = ["Task", "Toy", "bert", "deep_gpt", "dit", "flux", "gpt", "llama", "sample", "vit"]

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from .data import CLASSES, SIDE, Images
-from .toy import Model
-from .training import Loss
+from .toy import Inputs, Model, Task
 
 TIMES = 1000
 LABEL_DROPOUT = 0.1  # how often the label is left out in training
@@ -50,19 +49,22 @@ def predict_noise(
     return noise
 
 
-def drawing_loss(train: Images, batch: int) -> Loss:
-    """Return the loss of predicting noise on random images at random times."""
+def drawing(train: Images) -> Task:
+    """Return the task of predicting the noise on random images at random times."""
 
-    def loss(model: nn.Module, generator: Generator) -> Tensor:
-        chosen = torch.randint(len(train), (batch,), generator=generator)
-        times = torch.randint(TIMES, (batch,), generator=generator)
-        noise = torch.randn((batch, 1, SIDE, SIDE), generator=generator)
-        left_out = torch.rand(batch, generator=generator) < LABEL_DROPOUT
+    def draw(count: int, generator: Generator) -> tuple[Inputs, Tensor]:
+        chosen = torch.randint(len(train), (count,), generator=generator)
+        times = torch.randint(TIMES, (count,), generator=generator)
+        noise = torch.randn((count, 1, SIDE, SIDE), generator=generator)
+        left_out = torch.rand(count, generator=generator) < LABEL_DROPOUT
         labels = train.labels[chosen].masked_fill(left_out, CLASSES)
-        noisy = add_noise(train.images[chosen], noise, times)
-        return F.mse_loss(predict_noise(model, noisy, times, labels), noise)
+        return (add_noise(train.images[chosen], noise, times), times.float(), labels), noise
 
-    return loss
+    def loss(outputs: Tensor, noise: Tensor) -> Tensor:
+        predicted, _ = outputs.chunk(2, dim=1)
+        return (predicted - noise).square().mean(dim=(1, 2, 3))
+
+    return Task(draw, loss)
 
 
 def denoising_loss(model: Model, held: Images, batch: int) -> float:

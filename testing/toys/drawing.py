@@ -13,11 +13,10 @@ from ...models.dit import DiT, DiTConfig
 from . import data, diffusion, training
 from .cache import trained
 from .data import Images
-from .diffusion import denoising_loss, drawing_loss
+from .diffusion import denoising_loss
 from .sampling import sample
-from .scores import accuracy, batched, frechet_distance
 from .toy import Model, Toy
-from .vision import features, vit
+from .vision import likeness, vit
 
 BATCH = 40  # images in the example, in each step of scoring and of sampling
 CONFIG = DiTConfig(
@@ -41,17 +40,18 @@ def dit() -> Toy:
     images in the ViT's features: built like FID, comparable with itself alone.
     """
     images, held = data.digits()
-    build, loss = partial(DiT, CONFIG), drawing_loss(images, PLAN.batch)
+    build, task = partial(DiT, CONFIG), diffusion.drawing(images)
     model = trained(
         "dit",
         build,
-        lambda: training.train(build, loss, PLAN, "dit"),
+        lambda: training.train(build, training.task_loss(task, PLAN.batch), PLAN, "dit"),
         *(CONFIG, PLAN, dit_file, data, diffusion, training, sys.modules[__name__]),
     )
     judge = vit().model
     times = torch.linspace(0, diffusion.TIMES - 1, BATCH)
     return Toy(
         model=model,
+        task=task,
         example_inputs=(held.images[:BATCH], times, held.labels[:BATCH]),
         validation=(held.images, held.labels),
         score=lambda model: drawing_quality(model, held, judge),
@@ -61,10 +61,4 @@ def dit() -> Toy:
 def drawing_quality(model: Model, held: Images, judge: nn.Module) -> dict[str, float]:
     """Draw as many of each digit as there are validation images, and compare."""
     drawn = sample(model, held.labels, guidance=1.0, batch=BATCH)
-    return {
-        "denoising_loss": denoising_loss(model, held, BATCH),
-        "class_consistency": accuracy(batched(judge, drawn, BATCH), held.labels),
-        "feature_distance": frechet_distance(
-            features(judge, drawn, BATCH), features(judge, held.images, BATCH)
-        ),
-    }
+    return {"denoising_loss": denoising_loss(model, held, BATCH), **likeness(judge, drawn, held)}

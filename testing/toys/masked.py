@@ -15,11 +15,12 @@ from . import data, starts, training
 from .cache import trained
 from .scores import bits
 from .starts import with_near_sight
-from .toy import Model, Toy
+from .toy import Inputs, Model, Task, Toy
 
 CONTEXT = 128
 BATCH = 8  # sequences in the example and in each step of scoring
 BLANKED = 0.15  # fraction of the characters
+SHOWN = -100  # the target of a character that is not blanked
 CONFIG = BertConfig(vocab=data.VOCAB, context=CONTEXT, dim=128, heads=4, depth=4, ffn_dim=512)
 PLAN = training.Plan(steps=1600, batch=4, rate=1e-3)
 
@@ -41,6 +42,7 @@ def bert() -> Toy:
     blanked = torch.rand(held.shape, generator=torch.Generator().manual_seed(0)) < BLANKED
     return Toy(
         model=model,
+        task=blanks(text.train, table),
         example_inputs=inputs(held[:BATCH], blanked[:BATCH]),
         validation=(held, blanked),
         score=lambda model: {"bits_per_blank": bits_per_blank(model, held, blanked, table)},
@@ -52,25 +54,36 @@ def build() -> Bert:
     return with_near_sight(Bert(CONFIG))
 
 
-def inputs(
-    tokens: Int[Tensor, "batch seq"], blanked: Bool[Tensor, "batch seq"]
-) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(tokens: Int[Tensor, "batch seq"], blanked: Bool[Tensor, "batch seq"]) -> Inputs:
     """Return what the model is called with: one segment, no padding."""
     shown = tokens.masked_fill(blanked, data.BLANK)
     return shown, torch.zeros_like(shown), torch.ones_like(blanked)
 
 
-def blanks_loss(tokens: Int[Tensor, " characters"], count: int) -> training.Loss:
-    """Return the loss of filling in random blanks in windows that begin anywhere."""
+def blanks(tokens: Int[Tensor, " characters"], table: Float[Tensor, "vocab dim"]) -> Task:
+    """Return the task of filling in random blanks in windows that begin anywhere."""
 
-    def loss(model: nn.Module, generator: Generator) -> Tensor:
+    def draw(count: int, generator: Generator) -> tuple[Inputs, Tensor]:
         starts = torch.randint(len(tokens) - CONTEXT, (count, 1), generator=generator)
         batch = tokens[starts + torch.arange(CONTEXT)]
         blanked = torch.rand(batch.shape, generator=generator) < BLANKED
-        features, _ = model(*inputs(batch, blanked))
-        return F.cross_entropy(
-            features[blanked] @ model.get_parameter("tokens.weight").T, batch[blanked]
+        return inputs(batch, blanked), batch.masked_fill(~blanked, SHOWN)
+
+    def loss(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        nats = F.cross_entropy(
+            (outputs[0] @ table.T).transpose(1, 2), target, ignore_index=SHOWN, reduction="none"
         )
+        return nats.sum(1) / (target != SHOWN).sum(1).clamp(min=1)
+
+    return Task(draw, loss)
+
+
+def blanks_loss(tokens: Int[Tensor, " characters"], count: int) -> training.Loss:
+    """Return the loss of a batch of blanks, read out with the table as it is just then."""
+
+    def loss(model: nn.Module, generator: Generator) -> Tensor:
+        task = blanks(tokens, model.get_parameter("tokens.weight"))
+        return training.task_loss(task, count)(model, generator)
 
     return loss
 

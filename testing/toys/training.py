@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Generator, Tensor, nn
 
-from .toy import AnyModel
+from .toy import AnyModel, Task
 
 Loss = Callable[[nn.Module, Generator], Tensor]
 
@@ -76,6 +76,16 @@ def train(build: Callable[[], AnyModel], loss: Loss, plan: Plan, title: str) -> 
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def task_loss(task: Task, batch: int) -> Loss:
+    """Return the loss of one random batch of a task."""
+
+    def loss(model: nn.Module, generator: Generator) -> Tensor:
+        inputs, target = task.draw(batch, generator)
+        return task.loss(model(*inputs), target).mean()
+
+    return loss
 
 
 def pace(step: int, plan: Plan) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,8 @@ from ...models.vit import ViT, ViTConfig
 from . import data, training
 from .cache import trained
 from .data import Images
-from .scores import accuracy, batched
-from .toy import Model, Toy
+from .scores import accuracy, batched, frechet_distance
+from .toy import Inputs, Model, Task, Toy
 
 BATCH = 40  # images in the example and in each step of scoring
 CONFIG = ViTConfig(
@@ -38,30 +39,32 @@ def vit() -> Toy:
     Quality is `accuracy`, a fraction, and `cross_entropy` in nats.
     """
     images, held = data.digits()
+    build, task = partial(ViT, CONFIG), reading(images)
     model = trained(
         "vit",
-        lambda: ViT(CONFIG),
-        lambda: training.train(lambda: ViT(CONFIG), reading_loss(images, PLAN.batch), PLAN, "vit"),
+        build,
+        lambda: training.train(build, training.task_loss(task, PLAN.batch), PLAN, "vit"),
         *(CONFIG, PLAN, vit_file, data, training, sys.modules[__name__]),
     )
     return Toy(
         model=model,
+        task=task,
         example_inputs=(held.images[:BATCH],),
         validation=(held.images, held.labels),
         score=lambda model: reading_quality(model, held),
     )
 
 
-def reading_loss(train: Images, count: int) -> training.Loss:
-    """Return the loss of recognising `count` random training images under noise."""
+def reading(train: Images) -> Task:
+    """Return the task of recognising random training images under noise."""
 
-    def loss(model: nn.Module, generator: Generator) -> Tensor:
+    def draw(count: int, generator: Generator) -> tuple[Inputs, Tensor]:
         chosen = torch.randint(len(train), (count,), generator=generator)
         images = train.images[chosen]
         images = images + BLUR * torch.randn(images.shape, generator=generator)
-        return F.cross_entropy(model(images), train.labels[chosen])
+        return (images,), train.labels[chosen]
 
-    return loss
+    return Task(draw, partial(F.cross_entropy, reduction="none"))
 
 
 def reading_quality(model: Model, held: Images) -> dict[str, float]:
@@ -70,6 +73,23 @@ def reading_quality(model: Model, held: Images) -> dict[str, float]:
     return {
         "accuracy": accuracy(logits, held.labels),
         "cross_entropy": F.cross_entropy(logits, held.labels).item(),
+    }
+
+
+def likeness(
+    judge: nn.Module, drawn: Float[Tensor, "count 1 side side"], held: Images
+) -> dict[str, float]:
+    """Compare drawings of validation digits with these digits, and with their images.
+
+    Returns:
+        `class_consistency`, the fraction in which the judge sees the digit asked for, and
+        `feature_distance`, the Frechet distance of what it sees in drawings and in images.
+    """
+    return {
+        "class_consistency": accuracy(batched(judge, drawn, BATCH), held.labels),
+        "feature_distance": frechet_distance(
+            features(judge, drawn, BATCH), features(judge, held.images, BATCH)
+        ),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockwright.models import bert, dit, gpt, llama, mmdit, swin, vit
+from blockwright.models import bert, dit, flux, gpt, llama, sd3, swin, vit
 
 # Our name, a pattern, and after it theirs; several of theirs are stacked.
 Names = Sequence[tuple[str, ...]]
@@ -299,7 +299,7 @@ OUTER: Names = [
 @pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
 def test_flux(guidance: bool, draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     diffusers = pytest.importorskip("diffusers")
-    config = mmdit.FluxConfig(
+    config = flux.FluxConfig(
         channels=4, text_dim=6, pooled_dim=5, dim=16, heads=2, double_depth=2, single_depth=2,
         ffn_dim=64, axes=(2, 2, 4), guidance=guidance,
     )  # fmt: skip
@@ -313,7 +313,7 @@ def test_flux(guidance: bool, draw_weights: Draw, copy_weights: Copy, assert_agr
         )
     )  # fmt: skip
     source: dict[str, Tensor] = dict(theirs.named_parameters())
-    ours = mmdit.Flux(config)
+    ours = flux.Flux(config)
     swap_halves(source, "norm_out.linear")
     single, layer = r"single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."
     copy_weights(source, ours, [
@@ -340,7 +340,7 @@ def test_flux(guidance: bool, draw_weights: Draw, copy_weights: Copy, assert_agr
 @torch.no_grad()
 def test_sd3(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> None:
     diffusers = pytest.importorskip("diffusers")
-    config = mmdit.SD3Config(
+    config = sd3.SD3Config(
         latent=8, channels=4, text_dim=6, pooled_dim=5, dim=16, heads=2, depth=3, ffn_dim=64,
         table=6, spacing=1 / 3,
     )  # fmt: skip
@@ -354,7 +354,7 @@ def test_sd3(draw_weights: Draw, copy_weights: Copy, assert_agree: Agree) -> Non
         )
     )  # fmt: skip
     source: dict[str, Tensor] = dict(theirs.named_parameters())
-    ours = mmdit.SD3(config)
+    ours = sd3.SD3(config)
     swap_halves(source, "norm_out.linear", "transformer_blocks.2.norm1_context.linear")
     copy_weights(source, ours, [
         *OUTER,

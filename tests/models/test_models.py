@@ -19,7 +19,23 @@ from blockwright.ir.capture import capture
 from blockwright.ir.program import Program
 from blockwright.ir.run import run
 from blockwright.ir.verify import verify
-from blockwright.models import bert, dit, gpt, llama, mmdit, pixart, qwen_image, swin, vit, wan
+from blockwright.models import (
+    algoformer,
+    bert,
+    dit,
+    flux,
+    gpt,
+    lego,
+    llama,
+    mmdit,
+    pixart,
+    qwen_image,
+    sd3,
+    swin,
+    vit,
+    wan,
+    widenet,
+)
 
 PUBLISHED = [
     (gpt.GPT, gpt.GPT2_SMALL, 124_439_808),
@@ -44,14 +60,20 @@ PUBLISHED = [
     (dit.DiT, dit.DIT_B2, 130_315_808),
     (dit.DiT, dit.DIT_L2, 457_840_672),
     (dit.DiT, dit.DIT_XL2, 674_834_720),
-    (mmdit.Flux, mmdit.FLUX_1_DEV, 11_901_408_320),
-    (mmdit.Flux, mmdit.FLUX_1_SCHNELL, 11_891_178_560),
-    (mmdit.SD3, mmdit.SD3_MEDIUM, 2_028_328_000),
+    (flux.Flux, flux.FLUX_1_DEV, 11_901_408_320),
+    (flux.Flux, flux.FLUX_1_SCHNELL, 11_891_178_560),
+    (sd3.SD3, sd3.SD3_MEDIUM, 2_028_328_000),
     (pixart.PixArt, pixart.PIXART_ALPHA_1024, 611_349_152),
     (pixart.PixArt, pixart.PIXART_ALPHA_512, 610_856_096),
     (qwen_image.QwenImage, qwen_image.QWEN_IMAGE, 20_430_401_088),
     (wan.Wan, wan.WAN_2_1_1_3B, 1_418_996_800),
     (wan.Wan, wan.WAN_2_1_14B, 14_288_491_584),
+    (widenet.WideViT, widenet.WIDENET_B, 29_690_600),
+    (widenet.WideViT, widenet.WIDENET_L, 40_941_544),
+    (widenet.WideViT, widenet.WIDENET_H, 63_341_800),
+    (algoformer.AlgoFormer, algoformer.ALGOFORMER, 3 * 789_760 + 27_393),
+    (lego.Lego, lego.S_PG_64, 33_750_360 - 396_288),  # without positions, as below
+    (lego.Lego, lego.XL_U_32, 1_261_977_392 - 603_648),
 ]
 
 
@@ -67,9 +89,11 @@ def test_sizes_are_the_published_ones(architecture: Any, config: Any, parameters
 
 def test_fixed_tables_are_buffers() -> None:
     with torch.device("meta"):
+        assert count(lego.Lego(lego.S_PG_64).buffers()) == 396_288
+        assert count(lego.Lego(lego.XL_U_32).buffers()) == 603_648
         assert count(swin.Swin(swin.SWIN_T).buffers()) == 249_704
         assert count(dit.DiT(dit.DIT_XL2).buffers()) == 675_129_632 - 674_834_720
-        assert count(mmdit.SD3(mmdit.SD3_MEDIUM).buffers()) == 56_623_104
+        assert count(sd3.SD3(sd3.SD3_MEDIUM).buffers()) == 56_623_104
 
 
 @pytest.mark.parametrize(
@@ -122,18 +146,27 @@ TOYS = {
     # The last stage is two pairs of a straight and a shifted block; the first a single pair.
     "swin": Toy(swin.Swin, swin.TOY, ((2, 5),), (2,)),
     "dit": Toy(dit.DiT, dit.TOY, ((2, 8, 8, 8),), (3,)),
-    "flux": Toy(mmdit.Flux, mmdit.TOY_FLUX, ((2, 12, 4),), (3, 3)),
+    "flux": Toy(flux.Flux, flux.TOY_FLUX, ((2, 12, 4),), (3, 3)),
     # The last block ends the text and is unlike the three before it.
-    "sd3": Toy(mmdit.SD3, mmdit.TOY_SD3, ((2, 4, 8, 8),), (3,)),
+    "sd3": Toy(sd3.SD3, sd3.TOY_SD3, ((2, 4, 8, 8),), (3,)),
     "pixart": Toy(pixart.PixArt, pixart.TOY, ((2, 8, 8, 8),), (3,)),
     # What the last block makes of the text is lost.
     "qwen-image": Toy(qwen_image.QwenImage, qwen_image.TOY, ((2, 4, 6, 8),), (2,),
                       r"blocks\.2\.text\.(out|up|down)\."),
     "wan": Toy(wan.Wan, wan.TOY, ((2, 4, 2, 4, 6),), (3,)),
+    "widenet": Toy(widenet.WideViT, widenet.TOY, ((2, 5),), (3,)),
+    "wide-gpt": Toy(widenet.WideGPT, widenet.TOY_GPT, ((2, 16, 32),), (3,)),
+    # Only the turns of the loop follow upon each other with nothing between.
+    "algoformer": Toy(algoformer.AlgoFormer, algoformer.TOY, ((2, 16, 2),), (3,)),
+    "lego": Toy(lego.Lego, lego.TOY, ((2, 4, 8, 8),), (2, 2)),
 }  # fmt: skip
 PATHS = {
     **dict.fromkeys(("gpt", "llama", "bert", "vit", "dit", "sd3", "pixart", "wan"), STACK),
     "qwen-image": STACK[:2],
+    # What all blocks share lies outside of each.
+    **dict.fromkeys(("widenet", "wide-gpt"), ("stack", "stack#1", "stack#2")),
+    "algoformer": ("loop.0", "loop.0#1", "loop.0#2"),
+    "lego": tuple(f"bricks.{k}.blocks.{i}" for k in (0, 1) for i in (0, 1)),
     "flux": (*(f"double_{path}" for path in STACK), *(f"single_{path}" for path in STACK)),
 }
 
@@ -282,7 +315,7 @@ def test_flux_turns_heads_by_differences_of_places() -> None:
     """Rotation keeps lengths, and the product of two heads depends on their distance alone."""
     places = torch.tensor([[0.0, 1, 2], [0, 3, 1], [0, 4, 5], [0, 6, 4]])
     x = torch.randn(1, 1, 1, 8).expand(1, 1, 4, 8)
-    turned = mmdit.rotate(x, mmdit.rotations(places, (2, 2, 4), 100.0))[0, 0]
+    turned = mmdit.rotate(x, flux.rotations(places, (2, 2, 4), 100.0))[0, 0]
     torch.testing.assert_close(turned.norm(dim=-1), x[0, 0].norm(dim=-1))
     torch.testing.assert_close(turned[0] @ turned[1], turned[2] @ turned[3])
 
