@@ -3,6 +3,7 @@
     quantized_linear       folded to fp32; packed bf16 kernels when asked and when they are faster
     int8_linear            integer products; integers as floats when the example has few rows
     quantized_embedding    plain lookups
+    moe_ffn                one matrix product per expert that is used
 
 Faithful by default: only `activations="bf16"` changes numbers beyond rounding. What has no faster
 form (other devices, fp64, codes that would saturate) keeps the reference of its op.
@@ -35,6 +36,8 @@ from ..kernels.cpu_linear import (
     QuantizedTable,
     RoundedLinear,
 )
+from ..kernels.experts import Experts
+from ..kernels.moe_cpu import SortedExperts
 
 INT8_ROWS: Final = 16
 """Fewer rows than these run faster as floats: oneDNN takes some 50 microseconds a call."""
@@ -85,6 +88,8 @@ def _module(call: StructuralCall, rows: int, *, bf16: bool, compiled: bool) -> n
         return QuantizedTable(**arguments)
     if name == "quantized_linear":
         return _weight_only(call.input, arguments, rows, bf16=bf16)
+    if name == "moe_ffn":
+        return SortedExperts(Experts(**arguments))
     if name == "int8_linear" and call.input.dtype in _FLOATS and _in_range(arguments["codes"]):
         form = _int8_form(rows, compiled=compiled)
         return form(**arguments)

@@ -22,10 +22,11 @@ from onnxscript.values import Op, Opset
 from ..ir.ops import int8_linear as _int8
 from ..ir.ops import quantized_embedding as _embedding
 from ..ir.ops import quantized_linear as _weight_only
+from . import onnx_experts
+from .onnx_values import FLOAT, as_type, dtype_of, ints, scalar, shape_of
 
 STORED_AS: Final = "stored as"  # key in `Value.meta`: element type and shape behind raw bytes
 
-FLOAT = ir.DataType.FLOAT
 _CENTRE = (
     128  # unsigned code of zero; ONNX Runtime multiplies u8 x s8 six times faster than s8 x s8
 )
@@ -40,17 +41,17 @@ def int8_linear(
 
     A row with NaN or infinity gives other garbage than the reference, which makes it all NaN.
     """
-    features, _ = _sizes(codes)
+    features, _ = shape_of(codes)
     if features > _MOST_FEATURES:
         raise NotImplementedError(f"sums over {features} inputs overflow 32 bits")
-    dtype, x = _dtype(x), _as_type(x, FLOAT)
-    last = _ints(-1)
+    dtype, x = dtype_of(x), as_type(x, FLOAT)
+    last = ints(-1)
     peak = op.Max(op.ReduceMax(x, last, keepdims=1), op.Neg(op.ReduceMin(x, last, keepdims=1)))
-    step = op.Max(op.Div(peak, _float(127)), _float(_TINY))
+    step = op.Max(op.Div(peak, scalar(127)), scalar(_TINY))
     rows = op.Reshape(_quantize_rows(x, features, step), op.Shape(x), allowzero=1)
     centre = op.Constant(value=ir.tensor(_CENTRE, dtype=ir.DataType.UINT8))
-    product = _matmul_integer_to_float(rows, codes, _float(1), _as_type(scale, FLOAT), centre)
-    y = _as_type(op.Mul(product, step), dtype, given=FLOAT)
+    product = _matmul_integer_to_float(rows, codes, scalar(1), as_type(scale, FLOAT), centre)
+    y = as_type(op.Mul(product, step), dtype, given=FLOAT)
     return y if bias is None else op.Add(y, bias)
 
 
@@ -64,20 +65,20 @@ def quantized_linear(
     group_size: int,
 ) -> ir.Value:
     """Multiply by the dequantized weight."""
-    inputs, (groups, features) = _sizes(x)[-1], _sizes(scale)
+    inputs, (groups, features) = shape_of(x)[-1], shape_of(scale)
     if bits == 4:
         kind = ir.DataType.INT4 if zero_point is None else ir.DataType.UINT4
         _store_as(codes, kind, (inputs, features))
         if zero_point is not None:
             _store_as(zero_point, kind, (groups, features))
     weight = op.DequantizeLinear(codes, scale, zero_point, axis=0, block_size=group_size)
-    y = op.MatMul(x, _as_type(weight, _dtype(x), given=_dtype(scale)))
+    y = op.MatMul(x, as_type(weight, dtype_of(x), given=dtype_of(scale)))
     return y if bias is None else op.Add(y, bias)
 
 
 def quantized_embedding(ids: ir.Value, codes: ir.Value, scale: ir.Value) -> ir.Value:
     """Gather rows of codes and their scales."""
-    rows = op.Cast(op.Gather(codes, ids), to=_dtype(scale))
+    rows = op.Cast(op.Gather(codes, ids), to=dtype_of(scale))
     return op.Mul(rows, op.Gather(scale, ids))
 
 
@@ -92,7 +93,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> ir.Value:
     """Attend; heads stay side by side where they come that way."""
-    rank = len(_sizes(query))
+    rank = len(shape_of(query))
     if dropout_p or rank != 4:
         raise NotImplementedError(f"attention of rank {rank} with dropout {dropout_p}")
     options: dict[str, Any] = {"is_causal": int(is_causal)}
@@ -103,26 +104,26 @@ def attention(
     flat = [_heads_side_by_side(operand) for operand in operands]
     if any(operand is None for operand in flat):
         return op.Attention(*operands, mask, **options)[0]
-    heads, (_, kv_heads, _, head_dim) = _sizes(query)[1], _sizes(value)
+    heads, (_, kv_heads, _, head_dim) = shape_of(query)[1], shape_of(value)
     y = op.Attention(*flat, mask, q_num_heads=heads, kv_num_heads=kv_heads, **options)[0]
-    split = op.Reshape(y, _ints(0, 0, heads, head_dim))
+    split = op.Reshape(y, ints(0, 0, heads, head_dim))
     return op.Transpose(split, perm=[0, 2, 1, 3])
 
 
 def split(x: ir.Value, sizes: Sequence[int | ir.Value], dim: int = 0) -> Sequence[ir.Value]:
     """Slice; torch's translation goes through a sequence, which copies every part once more."""
-    parts, start = [], _ints(0)
+    parts, start = [], ints(0)
     for size in sizes:
-        length = _ints(size) if isinstance(size, int) else op.Reshape(size, _ints(-1))
+        length = ints(size) if isinstance(size, int) else op.Reshape(size, ints(-1))
         end = op.Add(start, length)
-        parts.append(op.Slice(x, start, end, _ints(dim)))
+        parts.append(op.Slice(x, start, end, ints(dim)))
         start = end
     return parts
 
 
 def split_every(x: ir.Value, size: int | ir.Value, dim: int = 0) -> Sequence[ir.Value] | ir.Value:
     """Split into parts of one size, the last one shorter; as a sequence when sizes are dynamic."""
-    total = _sizes(x)[dim]
+    total = shape_of(x)[dim]
     if not isinstance(total, int) or not isinstance(size, int):
         return op.SplitToSequence(x, size, axis=dim)
     return split(x, [min(size, total - start) for start in range(0, max(total, 1), size)], dim)
@@ -135,6 +136,7 @@ TRANSLATIONS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
     torch.ops.aten.split_with_sizes.default: split,
     torch.ops.aten.split.Tensor: split_every,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
+    **onnx_experts.TRANSLATIONS,
 }
 
 
@@ -161,10 +163,10 @@ _matmul_integer_to_float = _microsoft(
 
 def _quantize_rows(x: ir.Value, features: int, step: ir.Value) -> ir.Value:
     """Divide the rows of a matrix by their steps and round, in one op instead of two."""
-    steps = op.Reshape(step, _ints(-1))
+    steps = op.Reshape(step, ints(-1))
     centre = ir.tensor([_CENTRE], dtype=ir.DataType.UINT8)
     centres = op.ConstantOfShape(op.Shape(steps), value=centre)
-    return op.QuantizeLinear(op.Reshape(x, _ints(-1, features)), steps, centres, axis=0)
+    return op.QuantizeLinear(op.Reshape(x, ints(-1, features)), steps, centres, axis=0)
 
 
 def _heads_side_by_side(x: ir.Value) -> ir.Value | None:
@@ -172,53 +174,29 @@ def _heads_side_by_side(x: ir.Value) -> ir.Value | None:
 
     None when it comes otherwise, or its heads cannot be counted.
     """
-    node, (_, heads, _, head_dim) = x.producer(), _sizes(x)
+    node, (_, heads, _, head_dim) = x.producer(), shape_of(x)
     if node is None or node.op_type != "Transpose":
         return None
     if tuple(node.attributes["perm"].as_ints()) != (0, 2, 1, 3):
         return None
     if not isinstance(heads, int) or not isinstance(head_dim, int):
         return None
-    return op.Reshape(node.inputs[0], _ints(0, 0, heads * head_dim))
+    return op.Reshape(node.inputs[0], ints(0, 0, heads * head_dim))
 
 
 def _whole_mask(mask: ir.Value | None, query: ir.Value, key: ir.Value) -> ir.Value | None:
     """Give a mask rank 4 and its full size in the last two dimensions, as ONNX Runtime wants it."""
     if mask is None:
         return None
-    sizes = _sizes(mask)
+    sizes = shape_of(mask)
     if len(sizes) < 4:
-        mask = op.Unsqueeze(mask, _ints(*range(4 - len(sizes))))
-    if sizes[-2:] == (_sizes(query)[2], _sizes(key)[2]):
+        mask = op.Unsqueeze(mask, ints(*range(4 - len(sizes))))
+    if sizes[-2:] == (shape_of(query)[2], shape_of(key)[2]):
         return mask
     rows, columns = op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3)
-    return op.Expand(mask, op.Concat(_ints(1, 1), rows, columns, axis=0))
+    return op.Expand(mask, op.Concat(ints(1, 1), rows, columns, axis=0))
 
 
 def _store_as(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
     """Note what the bytes of an initializer are."""
     value.meta[STORED_AS] = (dtype, shape)
-
-
-def _sizes(x: ir.Value) -> tuple[Any, ...]:
-    """Return a shape: integers, and symbols for dynamic sizes."""
-    assert x.shape is not None
-    return tuple(x.shape)
-
-
-def _dtype(x: ir.Value) -> ir.DataType:
-    assert x.dtype is not None
-    return x.dtype
-
-
-def _as_type(x: ir.Value, dtype: ir.DataType, given: ir.DataType | None = None) -> ir.Value:
-    """Cast, unless the value has the type; fresh values do not know theirs, so it is `given`."""
-    return x if (given or _dtype(x)) == dtype else op.Cast(x, to=dtype)
-
-
-def _float(value: float) -> ir.Value:
-    return op.Constant(value=ir.tensor(value, dtype=FLOAT))
-
-
-def _ints(*values: int) -> ir.Value:
-    return op.Constant(value=ir.tensor(list(values), dtype=ir.DataType.INT64))

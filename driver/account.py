@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..ir.cost import is_view, node_flops
+from ..ir.cost import coded_weights, is_view, node_flops
 from ..ir.errors import VerifyError
 from ..ir.graphs import place_of
 from ..ir.ops import OPS
@@ -46,11 +46,14 @@ class Meter:
         self.program = program
         self.flops: Counter[str] = Counter()
         self.bytes_moved = self.coded = 0
+        self._ran: set[tuple[str | None, fx.Graph]] = set()
         self._read: dict[object, int] = {}
+        self._idle: dict[object, int] = {}
         self._shapes: dict[tuple[str | None, fx.Node], tuple[tuple[int, ...], int]] = {}
 
     def saw(self, instance: str | None, node: fx.Node, value: Any) -> None:
         """Take the value of a node."""
+        self._ran.add((instance, node.graph))
         if not isinstance(value, Tensor):
             return
         output = tuple(value.shape), value.numel() * value.element_size()
@@ -68,12 +71,28 @@ class Meter:
         structural = OPS.get(str(node.target))
         if structural is not None:
             self.coded += structural.weights(shapes, output[0])
+        if structural is not None and structural.idle is not None:
+            weights = (n for n in _sources(node) if n.op == "get_attr")
+            name = self._name(instance, str(next(weights).target))
+            self._idle[place_of(self.program.tensors[name])] = structural.idle(shapes)
 
     def _saw_weight(self, instance: str | None, node: fx.Node, value: Tensor) -> None:
-        slot = str(node.target)
-        name = self.program.instances[instance].weights[slot] if instance else slot
+        name = self._name(instance, str(node.target))
         if name in self.program.parameters:
             self._read[place_of(value)] = value.numel()
+
+    def _not_run(self) -> int:
+        """Count the weights in codes of branches that were not computed."""
+        program = self.program
+        return sum(
+            coded_weights(program, program.graphs[key])
+            for instance in (None, *program.instances)
+            for key in program.scope(instance)
+            if (instance, program.graphs[key]) not in self._ran
+        )
+
+    def _name(self, instance: str | None, slot: str) -> str:
+        return self.program.instances[instance].weights[slot] if instance else slot
 
     def counts(self) -> dict[str, int]:
         """Return the counts of all runs so far; sizes are those of the tensors there are."""
@@ -81,8 +100,10 @@ class Meter:
         stored = {place_of(t): t.numel() * t.element_size() for t in tensors.values()}
         owned = {place_of(tensors[n]): tensors[n].numel() for n in self.program.parameters}
         return {
-            "parameters": sum(owned.values()) + self.coded,
-            "activated_parameters": sum(self._read.values()) + self.coded,
+            "parameters": sum(owned.values()) + self.coded + self._not_run(),
+            "activated_parameters": sum(self._read.values())
+            + self.coded
+            - sum(self._idle.values()),
             "weight_bytes": sum(stored.values()),
             "flops": self.flops.total(),
             "bytes_moved": self.bytes_moved,
@@ -136,7 +157,7 @@ def sizes_of(program: Program, inputs: Inputs) -> dict[str, int]:
     specs = {spec.name: spec for spec in program.signature.inputs}
     return {
         axis: int(size)
-        for name, value in zip(places, inputs, strict=True)
+        for name, value in zip(places, program.completed(inputs), strict=True)
         if name in specs
         for axis, size in zip(specs[name].shape, value.shape, strict=True)
         if isinstance(axis, str) and axis in known

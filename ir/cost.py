@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graphs import aten
+from .branches import branches_of, choices
+from .graphs import aten, block_calls
 from .ops import OPS
 from .program import MAIN, Program
 from .regions import local_path
@@ -35,9 +36,12 @@ class Cost:
         parameters: Weights, tied ones once, quantized ones as the weights they stand for.
         activated_parameters: Weights one token is multiplied with, embeddings included.
         weight_bytes: Bytes of all stored tensors, scales and buffers included.
-        flops: Floating-point (or integer) operations; one multiply-add is two.
+        flops: Floating-point (or integer) operations; one multiply-add is two. Of two branches
+            the dearer one counts, here, in `bytes_moved` and in `by_kind`.
         bytes_moved: Bytes every op reads and writes when nothing is fused.
         by_kind: FLOPs by kind: linear, attention, convolution, elementwise.
+        expected_flops: FLOPs of a call on average over the steps of a schedule, see `share_of`;
+            where it is not known how often a branch is computed, the dearer one counts.
     """
 
     parameters: int
@@ -46,7 +50,9 @@ class Cost:
     flops: int
     bytes_moved: int
     by_kind: Mapping[str, int] = field(default_factory=dict)
+    expected_flops: int = 0
     _places: Sequence[tuple[str, _Tally]] = field(default=(), repr=False)
+    _stored: Sequence[tuple[str, _Tally]] = field(default=(), repr=False)
 
     @property
     def by_path(self) -> dict[str, int]:
@@ -56,7 +62,7 @@ class Cost:
     @property
     def coded_by_path(self) -> dict[str, int]:
         """Weights stored as codes, which are no parameters of the program, by module path."""
-        return _at_paths((place, tally.coded) for place, tally in self._places)
+        return _at_paths((place, tally.coded) for place, tally in self._stored)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, without the table of paths."""
@@ -65,6 +71,7 @@ class Cost:
             "activated_parameters": self.activated_parameters,
             "weight_bytes": self.weight_bytes,
             "flops": self.flops,
+            **({"expected_flops": self.expected_flops} if self.expected_flops < self.flops else {}),
             "bytes_moved": self.bytes_moved,
             "by_kind": dict(self.by_kind),
         }
@@ -77,6 +84,7 @@ class _Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
     coded: Counter[str] = field(default_factory=Counter)
+    idle: dict[str, int] = field(default_factory=dict)  # by the call's first weight: shared once
     bytes_moved: int = 0
 
 
@@ -89,30 +97,97 @@ def program_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Co
     """
     size = concrete(program, sizes)
     tallies = {key: _tally(graph, size) for key, graph in program.graphs.items()}
-    places = [("", tallies[MAIN])]
-    places += [(name, tallies[instance.block]) for name, instance in program.instances.items()]
+    stored = [
+        (name, tallies[key]) for name in (None, *program.instances) for key in program.scope(name)
+    ]
+    path = _Path(program, tallies, dearest=True)
+    path.walk(MAIN, None, 1.0)
     kinds: Counter[str] = Counter()
-    for _, tally in places:
+    for _, tally in path.places:
         kinds.update(tally.kinds)
+    average = _Path(program, tallies, dearest=False)
+    average.walk(MAIN, None, 1.0)
     parameters = sum(program.tensors[name].numel() for name in program.parameters)
-    parameters += sum(tally.coded.total() for _, tally in places)
+    parameters += sum(tally.coded.total() for _, tally in stored)
+    idle = {
+        program.instances[place].weights[slot] if place else slot: count
+        for place, tally in stored
+        for slot, count in tally.idle.items()
+    }
     return Cost(
         parameters=parameters,
-        activated_parameters=parameters,
+        activated_parameters=parameters - sum(idle.values()),
         weight_bytes=sum(t.numel() * t.element_size() for t in program.tensors.values()),
         flops=sum(kinds.values()),
-        bytes_moved=sum(tally.bytes_moved for _, tally in places),
+        bytes_moved=sum(tally.bytes_moved for _, tally in path.places),
         by_kind=dict(sorted(kinds.items())),
-        _places=places,
+        expected_flops=round(average.flops),
+        _places=[(place or "", tally) for place, tally in path.places],
+        _stored=[(place or "", tally) for place, tally in stored],
     )
 
 
+class _Path:
+    """A way through a program: at each choice the dearer branch; or both, by their shares."""
+
+    def __init__(self, program: Program, tallies: Mapping[str, _Tally], *, dearest: bool) -> None:
+        self.program, self.tallies, self.dearest = program, tallies, dearest
+        self.places: list[tuple[str | None, _Tally]] = []
+        self.flops = 0.0
+
+    def walk(self, key: str, instance: str | None, share: float) -> None:
+        """Add a graph, computed in this share of calls, and what it calls."""
+        program = self.program
+        self.places.append((instance, self.tallies[key]))
+        self.flops += share * self.tallies[key].flops.total()
+        for name in block_calls(program.graphs[key]):
+            self.walk(program.instances[name].block, name, share)
+        for node in choices(program.graphs[key]):
+            often = None if self.dearest else share_of(program, node, instance)
+            if often is None:
+                self.walk(max(branches_of(node), key=self._below(instance)), instance, share)
+            else:
+                for branch, part in zip(branches_of(node), (often, 1 - often), strict=True):
+                    self.walk(branch, instance, share * part)
+
+    def _below(self, instance: str | None) -> Callable[[str], float]:
+        def flops(branch: str) -> float:
+            path = _Path(self.program, self.tallies, dearest=self.dearest)
+            path.walk(branch, instance, 1.0)
+            return path.flops
+
+        return flops
+
+
+def coded_weights(program: Program, graph: fx.Graph) -> int:
+    """Count the weights that a graph of a program stores as codes, its branches apart."""
+    return _tally(graph, concrete(program, None)).coded.total()
+
+
+def share_of(program: Program, choice: fx.Node, instance: str | None = None) -> float | None:
+    """Return how often the first branch of a choice is computed, if the program says so.
+
+    It does where the choice reads a stored table of flags, one per step, at an index.
+
+    Returns:
+        A share from 0 to 1, each entry of the table as likely; None when it depends on values.
+    """
+    predicate: Any = choice.args[0]
+    if getattr(predicate.target, "overloadpacket", None) is not aten.index:
+        return None
+    table = predicate.args[0]
+    if table.op != "get_attr" or table.meta["val"].dim() != 1:
+        return None
+    flags = program.weight(str(table.target), instance)
+    return None if flags.is_meta else float(flags.double().mean())
+
+
 def _at_paths(places: Iterable[tuple[str, Mapping[str, int]]]) -> dict[str, int]:
-    return {
-        ".".join(filter(None, (place, path))): count
-        for place, counts in places
-        for path, count in counts.items()
-    }
+    found: Counter[str] = Counter()
+    for place, counts in places:
+        for path, count in counts.items():
+            found[".".join(filter(None, (place, path)))] += count
+    return dict(found)
 
 
 def _tally(graph: fx.Graph, size: Callable[[Size], int]) -> _Tally:
@@ -129,6 +204,8 @@ def _tally(graph: fx.Graph, size: Callable[[Size], int]) -> _Tally:
         structural = OPS.get(str(node.target))
         if structural is not None:
             tally.coded[local_path(node)] += structural.weights(shapes, output)
+        if structural is not None and structural.idle is not None:
+            tally.idle.update(dict.fromkeys(_stored(node)[:1], structural.idle(shapes)))
     return tally
 
 
@@ -168,6 +245,11 @@ def is_view(node: fx.Node) -> bool:
     if schema is None:
         return True
     return any(result.alias_info is not None for result in schema.returns)
+
+
+def _stored(node: fx.Node) -> list[str]:
+    """Return the slots of the weights that a call reads."""
+    return [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
 
 
 def _product_kind(node: fx.Node) -> str:

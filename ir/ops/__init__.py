@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import int8_linear, quantized_embedding, quantized_linear
+from . import int8_linear, moe_ffn, quantized_embedding, quantized_linear
 
 Shape = tuple[int, ...]
 Shapes = list[Shape]
@@ -31,6 +31,9 @@ class StructuralOp:
         describe: Says what part of a model a call is and of which kind, from its arguments by
             name, tensors as the graph records them: `("linear layers", "int8 weights")`,
             `("FFN", "8 experts x 192, top-2")`. Diffs compare the kinds of one part.
+        values: How many of its tensor arguments are computed; they come first, weights follow.
+        idle: Weights of a call that one token is not multiplied with, from the shapes of its
+            tensor arguments; None when it is multiplied with all of them.
     """
 
     overload: Any
@@ -38,6 +41,8 @@ class StructuralOp:
     weights: Callable[[Shapes, Shape], int]
     backends: frozenset[str]
     describe: Callable[[Mapping[str, Any]], tuple[str, str]]
+    values: int = 1
+    idle: Callable[[Shapes], int] | None = None
 
 
 EVERYWHERE = frozenset({"eager", "inductor", "onnxruntime"})
@@ -65,6 +70,15 @@ OPS: Mapping[str, StructuralOp] = {
             quantized_embedding.weights,
             EVERYWHERE,
             quantized_embedding.describe,
+        ),
+        StructuralOp(
+            moe_ffn.OP,
+            moe_ffn.flops,
+            moe_ffn.weights,
+            EVERYWHERE,
+            moe_ffn.describe,
+            values=3,
+            idle=moe_ffn.idle,
         ),
     )
 }

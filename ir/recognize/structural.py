@@ -14,7 +14,7 @@ from .calls import arguments
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StructuralCall(Region):
-    """One call of a structural op on a value, all other tensors being weights."""
+    """One call of a structural op on computed values, all other tensors being weights."""
 
     kind: ClassVar[str] = "structural call"
 
@@ -25,7 +25,7 @@ class StructuralCall(Region):
 
     @property
     def input(self) -> Tensor:
-        """The value as the graph records it: type and symbolic shape, no data."""
+        """The first value as the graph records it: type and symbolic shape, no data."""
         value = self.inputs[0].meta["val"]
         assert isinstance(value, Tensor)
         return value
@@ -35,21 +35,23 @@ class StructuralCall(Region):
         return {
             name: self.tensor(value) if isinstance(value, fx.Node) else value
             for name, value in arguments(self.nodes[0]).items()
-            if value is not self.inputs[0]
+            if value not in self.inputs
         }
 
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
-        """Return every call of a structural op that reads one value and weights."""
+        """Return every call of a structural op whose weights are all stored."""
         found = [(node, _values(node)) for node in graph.nodes if str(node.target) in OPS]
-        calls = [(node, values[0]) for node, values in found if len(values) == 1]
+        calls = [(n, values) for n, values in found if len(values) == OPS[str(n.target)].values]
         paths = unique_paths([local_path(node) for node, _ in calls])
         return [
-            cls(path=path, nodes=(node,), inputs=(value,), outputs=(node,))
-            for (node, value), path in zip(calls, paths, strict=True)
+            cls(path=path, nodes=(node,), inputs=tuple(values), outputs=(node,))
+            for (node, values), path in zip(calls, paths, strict=True)
         ]
 
 
 def _values(node: fx.Node) -> list[fx.Node]:
-    """Return the arguments that are computed, as opposed to stored."""
-    return [argument for argument in node.all_input_nodes if argument.op != "get_attr"]
+    """Return the arguments that are computed, as opposed to stored, in the op's order."""
+    given = arguments(node)
+    order = (given.get(argument.name) for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    return [each for each in order if isinstance(each, fx.Node) and each.op != "get_attr"]

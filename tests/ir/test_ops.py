@@ -28,6 +28,14 @@ def store(codes: Tensor, bits: int, symmetric: bool) -> Tensor:
     return packing.pack_nibbles(codes) if bits == 4 else codes.to(packing.code_dtype(symmetric))
 
 
+def experts_arguments(*, gated: bool) -> tuple[Any, ...]:
+    up, down = torch.randn(3, 5, 4), torch.randn(3, 4, 5)
+    x, index = torch.randn(2, 4), torch.tensor([[0, 2], [1, 0]])
+    gate = (torch.randn(3, 5, 4), torch.randn(3, 5), torch.randn(3, 5)) if gated else (None,) * 3
+    gate_matrix, *biases = gate
+    return (x, index, torch.rand(2, 2), gate_matrix, up, *biases, down, None, "silu")
+
+
 CALLS = {
     "quantized_linear": [
         linear_arguments(bits, symmetric=symmetric)
@@ -38,6 +46,7 @@ CALLS = {
         (torch.randn(2, 3, 8), torch.ones(8, 5, dtype=torch.int8), torch.rand(5), bias)
         for bias in (None, torch.randn(5))
     ],
+    "moe_ffn": [experts_arguments(gated=gated) for gated in (False, True)],
     "quantized_embedding": [
         (torch.tensor([[0, 3]]), torch.ones(4, 5, dtype=torch.int8), torch.rand(4, 1))
     ],
