@@ -13,22 +13,67 @@ engine = bw.load("model.bw")
 from .backends.artefact import load
 from .backends.engine import Engine, Session
 from .driver.compile import compile
+from .driver.recover import Recover
 from .driver.verify_foreign import verify
 from .ir.capture import capture
 from .ir.errors import BlockwrightError
-from .passes import Canonicalize, FoldConstants, FuseProjections, QuantizeWeights
+from .passes import (
+    Canonicalize,
+    DenseToMoE,
+    DropBlocks,
+    DropIdleFeatures,
+    DropSublayers,
+    EmergentMoE,
+    FoldConstants,
+    FuseBlocks,
+    FuseProjections,
+    HardAttention,
+    LinearizeStreams,
+    LinearizeSublayers,
+    LoopBlocks,
+    MixtureOfBlocks,
+    PruneAccuracyDriven,
+    PruneContiguous,
+    PruneHeads,
+    PruneNeurons,
+    QuantizeWeights,
+    ShareBlocks,
+    ShareModulation,
+    SkipBricks,
+)
+from .passes.shared.to_dense import to_dense
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockwrightError",
     "Canonicalize",
+    "DenseToMoE",
+    "DropBlocks",
+    "DropIdleFeatures",
+    "DropSublayers",
+    "EmergentMoE",
     "Engine",
     "FoldConstants",
+    "FuseBlocks",
     "FuseProjections",
+    "HardAttention",
+    "LinearizeStreams",
+    "LinearizeSublayers",
+    "LoopBlocks",
+    "MixtureOfBlocks",
+    "PruneAccuracyDriven",
+    "PruneContiguous",
+    "PruneHeads",
+    "PruneNeurons",
     "QuantizeWeights",
+    "Recover",
     "Session",
+    "ShareBlocks",
+    "ShareModulation",
+    "SkipBricks",
     "capture",
     "compile",
     "load",
+    "to_dense",
     "verify",
 ]

@@ -112,6 +112,8 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
             return Skip("is an embedding table; set embeddings=true to quantize it", at=region)
         if region.weight_is_shared:
             return Skip("shares its weight with another place of the model", at=region)
+        if isinstance(region, Linear) and region.is_router:
+            return Skip("is a router, which would choose other experts", at=region)
         if not region.weight.is_floating_point():
             return Skip(f"has {region.weight.dtype} weights", at=region)
         if not region.weight.numel():

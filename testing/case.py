@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..driver.calibration import made_up
 from ..driver.manager import Step, run_passes
 from ..ir.errors import NoMatchError, OptionError
 from ..ir.facts import objection
 from ..ir.program import Program
 from ..ir.run import run
-from ..passes.base import Pass, Promise
+from ..passes.base import Pass, Plan, Promise
 from .build_program import to_program
 from .configs import InputSpec, ModelConfig
 from .values import inputs_of
@@ -72,10 +73,10 @@ class Case:
         """The pass under test."""
         return self.subject.pass_
 
-    @property
+    @cached_property
     def program(self) -> Program:
-        """The model."""
-        return built(self.config)
+        """The model, with what the pass asks its callers for."""
+        return self.pass_.prepared(built(self.config))
 
     @cached_property
     def flat(self) -> list[Tensor]:
@@ -99,16 +100,38 @@ class Case:
 def apply(
     pass_: AnyPass, program: Program, inputs: Sequence[Sequence[Tensor]] = ()
 ) -> tuple[Program, Step] | None:
-    """Run one pass; None where it finds nothing to do, or the model is not what it asks for."""
+    """Run one pass; None where it finds nothing to do, or the model is not what it asks for.
+
+    A model whose own outputs overflow is nobody's.
+    """
     try:
-        new, (step,) = run_passes(program, [pass_], inputs)
+        new, (step,) = run_untrained(program, pass_, inputs)
     except NoMatchError:
         return None
     except OptionError:
-        if any(objection(program, fact) for fact in pass_.requires):
+        if any(objection(program, fact) for fact in pass_.requires) or _overflows(program, inputs):
             return None
         raise
     return (new, step) if new is not program else None
+
+
+def _overflows(program: Program, inputs: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether a model gives NaN or infinity, so that a pass that measures has nothing to go by."""
+    results = (outputs(program, flat) for flat in inputs or [made_up(program)])
+    return not all(bool(y.isfinite().all()) for result in results for y in result)
+
+
+def run_untrained(
+    program: Program, pass_: AnyPass, inputs: Sequence[Sequence[Tensor]] = ()
+) -> tuple[Program, list[Step]]:
+    """Run one pass, calibrated on made-up inputs where none are given."""
+    calibration = inputs or [made_up(program)]
+    return run_passes(program, [pass_], inputs, calibration=calibration, recover=False)
+
+
+def planned(pass_: AnyPass, program: Program) -> Plan[Any]:
+    """Return what a pass plans, calibrated on made-up inputs."""
+    return pass_.plan(program, pass_.measure(program, [made_up(program)]))
 
 
 def outputs(program: Program, inputs: Sequence[Tensor], dtype: Any = None) -> list[Tensor]:

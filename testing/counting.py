@@ -47,6 +47,7 @@ def counted(program: Program, inputs: Sequence[Tensor]) -> Counted:
 
         run(program, inputs, on_node=see)
     total.products = mode.flops
+    total.elementwise += mode.elementwise
     return total
 
 
@@ -55,7 +56,7 @@ class _Products(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
+        self.flops = self.elementwise = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -70,4 +71,13 @@ class _Products(TorchDispatchMode):
             self.flops += 2 * math.prod(query.shape[:3]) * key.shape[-2] * each
         elif func.namespace == "blockwright" and "linear" in func.name():
             self.flops += 2 * result.numel() * args[0].shape[-1]
+        elif func is torch.ops.blockwright.moe_ffn.default:
+            self._visits(*args[1:5])
         return result
+
+    def _visits(self, index: Tensor, weight: Tensor, gate: Tensor | None, up: Tensor) -> None:
+        """Count experts: products with two matrices, or three, an activation, a weighted sum."""
+        visits, (_, hidden, dim) = index.numel(), up.shape
+        matrices = 2 if gate is None else 3
+        self.flops += 2 * visits * matrices * hidden * dim
+        self.elementwise += visits * ((matrices - 1) * hidden + 2 * dim)

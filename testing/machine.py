@@ -7,13 +7,12 @@ import json
 import torch
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from ..driver.manager import run_passes
 from ..ir.errors import OptionError
 from ..ir.program import Program
 from ..ir.serialize import from_json, to_json
 from ..ir.verify import verify
 from ..passes.base import Promise
-from .case import AnyPass, built, eager_runs, outputs
+from .case import AnyPass, built, eager_runs, outputs, run_untrained
 from .configs import InputSpec, ModelConfig
 from .pipelines import passes
 from .snapshot import snapshot
@@ -40,7 +39,7 @@ class ProgramMachine(RuleBasedStateMachine):
         """Run a pass on any program there is, or have it refused."""
         program, exact = start
         try:
-            new, _ = run_passes(program, [pass_])
+            new, _ = run_untrained(program, pass_)
         except OptionError as error:
             return self._refused(start, error)
         return self._keep(new), exact and pass_.promise is Promise.EXACT

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir.branches import branches_of, is_cond
 from ..ir.graphs import copy_graph
 from ..ir.program import MAIN, Instance, Program
 from ..ir.serialize import to_json
@@ -52,7 +53,11 @@ def _lines(program: Program, key: str, instance: str | None) -> list[Any]:
             what = hashlib.sha256(bits(program.weight(what, instance))).hexdigest()[:12]
         elif node.op in ("placeholder", "call_module"):
             what = ""
-        args = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        if is_cond(node):
+            for branch in branches_of(node):
+                lines += _lines(program, branch, instance)
+        given = (node.args[0], node.args[3]) if is_cond(node) else node.args
+        args = fx.node.map_arg((given, node.kwargs), numbers.__getitem__)
         lines.append((node.op, what, repr(args), repr(describe(node.meta.get("val")))))
     return lines
 
@@ -99,14 +104,14 @@ def scrambled(program: Program, seed: int) -> Program:
     tensors = {old: name() for old in sorted(program.tensors, key=lambda _: source.random())}
     slots = {old: name() for i in program.instances.values() for old in i.weights}
     instances = {old: name() for old in program.instances}
-    graphs = {}
+    graphs, inside_main = {}, set(program.scope())
     for key, graph in program.graphs.items():
         graphs[key] = copy_graph(graph)
         for node in graphs[key].nodes:
             node.name = f"v{source.getrandbits(48):x}"
             node.meta = {"val": node.meta.get("val"), "local_path": name()}
             if node.op == "get_attr":
-                node.target = (tensors if key == "main" else slots)[str(node.target)]
+                node.target = (tensors if key in inside_main else slots)[str(node.target)]
             elif node.op == "call_module":
                 node.target = instances[str(node.target)]
     return program.with_(

@@ -19,6 +19,7 @@ TEXT_FILES = (".py", ".md", ".toml", ".txt", ".yaml", ".j2", "")
 
 
 def snake(name: str) -> str:
+    name = name.replace("MoE", "Moe")  # one word
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 

@@ -22,11 +22,18 @@ class Encoder(nn.Module):
         super().__init__()
         self.table = nn.Embedding(16, 8)
         self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+            for _ in range(4)
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.table(input_ids) * attention_mask[..., None]
         heads = (f(x).unflatten(-1, (2, 4)).mT.mT.transpose(1, 2) for f in self.projections())
-        return nn.functional.scaled_dot_product_attention(*heads)
+        x = nn.functional.scaled_dot_product_attention(*heads)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
 
     def projections(self) -> tuple[nn.Linear, ...]:
         return self.query, self.key, self.value
@@ -43,6 +50,6 @@ def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     inputs = (ids, torch.ones_like(ids))
     scope: dict[str, Any] = {
         "bw": bw, "model": Encoder().eval(), "example_inputs": inputs,
-        "input_ids": inputs[0], "attention_mask": inputs[1],
+        "input_ids": inputs[0], "attention_mask": inputs[1], "batches": [inputs],
     }  # fmt: skip
     exec(snippets()[index], scope)

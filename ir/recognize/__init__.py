@@ -4,7 +4,9 @@ from .attention import Attention, Stream
 from .block import Block, BlockStream, Sublayer
 from .branch import Branch
 from .constant import ConstantExpression
+from .coupled import Coupled, coupled_heads, coupled_neurons
 from .embedding import Embedding, Stem
+from .experts import Experts
 from .explain import Explanation, explain
 from .feed_forward import FeedForward
 from .flow import NotRecognized
@@ -17,6 +19,7 @@ from .place import Place
 from .residual import Residual
 from .rotary import Rotary
 from .stack import Stack
+from .summand import Summand
 from .summary import BlockClass, block_classes
 
 __all__ = [
@@ -27,7 +30,9 @@ __all__ = [
     "Branch",
     "Chunk",
     "ConstantExpression",
+    "Coupled",
     "Embedding",
+    "Experts",
     "Explanation",
     "FeedForward",
     "Head",
@@ -44,6 +49,9 @@ __all__ = [
     "Stem",
     "Stream",
     "Sublayer",
+    "Summand",
     "block_classes",
+    "coupled_heads",
+    "coupled_neurons",
     "explain",
 ]

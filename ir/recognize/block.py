@@ -16,6 +16,7 @@ from ..regions import Region, find_once, local_path, unique_paths
 from .attention import Attention
 from .branch import Branch
 from .calls import readers
+from .experts import Experts
 from .feed_forward import FeedForward
 from .flow import Flow, NotRecognized, flow_of
 from .group import Group, groups_of
@@ -90,6 +91,11 @@ class Block(Region):
     def feed_forwards(self) -> tuple[FeedForward, ...]:
         """The feed-forward sublayers."""
         return tuple(s.region for s in self.sublayers if isinstance(s.region, FeedForward))
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        """The feed-forward sublayers that are in experts."""
+        return tuple(s.region for s in self.sublayers if isinstance(s.region, Experts))
 
     @property
     def branches(self) -> tuple[Branch, ...]:

@@ -18,6 +18,7 @@ from ..regions import Region, find_once, unique_paths
 from .attention import Attention
 from .calls import LAYERS, LAYOUT, joint_path, op, readers, shape
 from .convolution import is_convolution, is_pointwise
+from .experts import Experts
 from .feed_forward import FeedForward
 from .flow import Flow, NotRecognized, flow_of
 from .path import nodes_between, value_of
@@ -96,7 +97,8 @@ def _loose_ends(graph: fx.Graph) -> list[tuple[Residual, Held]]:
     known = [way for way in flow.ways.values() if isinstance(way, Residual)]
     taken = {n for way in known for n in way.nodes}
     taken.update(n for norm in flow.norms for n in norm.nodes)
-    taken.update(n for r in (*attentions, *networks) if r not in lost.values() for n in r.nodes)
+    known_parts = (*attentions, *networks, *find_once(graph, Experts))
+    taken.update(n for r in known_parts if r not in lost.values() for n in r.nodes)
     left = {way.out for way in known}
     loops = [
         loop

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..cost import is_view
 from ..graphs import remembered
-from ..program import MAIN, Program
+from ..program import Program
 from ..regions import Region, find_once, local_path
 from ..shapes import concrete
 from .attention import Attention
@@ -25,6 +25,7 @@ from .block import Block
 from .branch import Branch
 from .calls import LAYOUT, calls_to, op
 from .embedding import Embedding
+from .experts import Experts
 from .feed_forward import FeedForward
 from .flow import NotRecognized
 from .modulation import Modulation
@@ -43,7 +44,7 @@ from .surroundings import (
 from .work import node_work
 
 KINDS: tuple[type[Region], ...] = (
-    Attention, FeedForward, Branch, Modulation, Norm, Embedding, Block
+    Attention, FeedForward, Experts, Branch, Modulation, Norm, Embedding, Block
 )  # fmt: skip
 AROUND = (EMBEDDING, CONDITION, TRANSITION, HEAD)
 _PRODUCT = "multiplies with a weight and is no `linear`; canonicalize first"
@@ -148,7 +149,7 @@ def explain(program: Program) -> Explanation:
     around = surroundings_of(program)
     costs = {n: node_work(n, size) for graph in program.graphs.values() for n in graph.nodes}
     owners = {key: _owners(graph, costs, around) for key, graph in program.graphs.items()}
-    times = Counter(instance.block for instance in program.instances.values()) + Counter([MAIN])
+    times = Counter(key for name in (None, *program.instances) for key in program.scope(name))
     flops: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
     regions = _around(around)
@@ -182,7 +183,7 @@ def near_misses(graph: fx.Graph) -> list[NotRecognized]:
     found = [miss for attention in attentions for miss in attention.misses()]
     found += [*FeedForward.misses(graph), *Block.misses(graph)]
     found += [odd for _, odd in unknown_parts(graph)]
-    inside = {node for attention in attentions for node in attention.nodes}
+    inside = {n for region in (*attentions, *find_once(graph, Experts)) for n in region.nodes}
     products = [n for r in find_once(graph, TransposedLinear) for n in r.nodes if works(n)]
     found += [NotRecognized("linear", node, _PRODUCT) for node in products]
     softmaxes = [node for node in calls_to(graph, ["softmax"]) if node not in inside]
@@ -260,16 +261,18 @@ def _read(
         key: [node for node in graph.nodes if node.op == "get_attr"]
         for key, graph in program.graphs.items()
     }
-    for node in slots[MAIN]:
-        yield from of(MAIN, node, str(node.target))
-    for instance in program.instances.values():
-        for node in slots[instance.block]:
-            yield from of(instance.block, node, instance.weights[str(node.target)])
+    for key in program.scope():
+        for node in slots[key]:
+            yield from of(key, node, str(node.target))
+    for name, instance in program.instances.items():
+        for key in program.scope(name):
+            for node in slots[key]:
+                yield from of(key, node, instance.weights[str(node.target)])
     yield "outside: unread", sum(left.values())
 
 
 def _miss(program: Program, key: str, miss: NotRecognized, times: int) -> NearMiss:
-    first = program.instances_of(key)[0] if key != MAIN else ""
+    first = next((n for n in program.instances if key in program.scope(n)), "")
     path = ".".join(filter(None, (first, local_path(miss.node))))
     where = f"{path} (node {miss.node.name})" if path else f"node {miss.node.name}"
     return NearMiss(miss.nearest, where, times, miss.reason)

@@ -19,6 +19,7 @@ from ..regions import Region, find_once, unique_paths
 from .attention import Attention
 from .calls import LAYERS, arguments, calls_to, is_layer, joint_path, op, peel, shape
 from .convolution import CONVOLUTIONS, Pointwise, is_pointwise, kernel
+from .experts import Experts, shared_experts
 from .flow import Flow, NotRecognized, flow_of
 from .layer import Layer, Range
 from .neurons import hidden_of
@@ -31,7 +32,7 @@ class FeedForward(Region):
     """The feed-forward sublayer of a block.
 
     A network of this shape that returns to no stream (an embedding of the time step, a projector,
-    a head) is no sublayer and is left out.
+    a head) is no sublayer and is left out; so is the shared expert of a network in experts.
 
     Attributes:
         x: What it reads.
@@ -131,9 +132,12 @@ def _sorted_out(graph: fx.Graph) -> tuple[list[dict[str, Any]], list[NotRecogniz
     flow = flow_of(graph)
     for attention in find_once(graph, Attention):
         ways_of(flow, attention)
+    find_once(graph, Experts)  # whose ways are streams that others continue
+    shared = shared_experts(graph)
     found: list[dict[str, Any]] = []
     misses: list[NotRecognized] = []
-    ways = [(parts, _back(flow, parts)) for parts in _candidates(flow)]
+    networks = (p for p in _candidates(flow) if p["down_layer"].node not in shared)
+    ways = [(parts, _back(flow, parts)) for parts in networks]
     left = {way.out for way in flow.ways.values() if isinstance(way, Residual)}
     for parts, way in ways:
         x, y = parts["x"], parts["y"]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..graphs import remembered
+from .experts import Experts
 from .feed_forward import FeedForward
 from .flow import Flow, flow_of
 from .path import value_of
@@ -127,7 +128,7 @@ def _follows(flow: Flow, one: Group, other: Group) -> bool:
 
 def _joined(run: Sequence[Group]) -> Iterator[Group]:
     """Yield the blocks of a run: what repeats, if networks alone are a part of it."""
-    lone = [all(isinstance(s.region, FeedForward) for s in g.sublayers) for g in run]
+    lone = [all(isinstance(s.region, FeedForward | Experts) for s in g.sublayers) for g in run]
     length = 1
     if any(lone) and not all(lone):
         period = period_of([tuple(s.signature for s in g.sublayers) for g in run])

@@ -33,6 +33,34 @@ def structure_of(nodes: Iterable[fx.Node], results: Iterable[fx.Node]) -> str:
     return hashlib.sha256("\n".join(writer.lines).encode()).hexdigest()[:16]
 
 
+def order_of(nodes: Iterable[fx.Node], results: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """Return the nodes that results ask for, and the weights and inputs these ask for.
+
+    The n-th node of one region corresponds to the n-th of another whose structure is equal.
+
+    Args:
+        nodes: As in `structure_of`.
+        results: As in `structure_of`.
+    """
+    writer = _Writer(frozenset(nodes))
+    for node in results:
+        writer.write(node)
+    return tuple(writer.numbers)
+
+
+def weights_of(nodes: Iterable[fx.Node], results: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the `get_attr` nodes that results ask for: one for one those of isomorphic regions.
+
+    Args:
+        nodes: The nodes, in graph order.
+        results: As in `structure_of`.
+    """
+    writer = _Writer(frozenset(nodes))
+    for node in results:
+        writer.write(node)
+    return [node for node in writer.numbers if node.op == "get_attr"]
+
+
 class _Writer:
     """Writes nodes down, each behind its arguments, numbered as they come."""
 

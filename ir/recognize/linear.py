@@ -18,10 +18,12 @@ class Linear(Region):
     Attributes:
         weight_node: The `get_attr` node of the weight, [out_features, in_features].
         bias_node: The one of the bias, [out_features], or None.
+        is_router: Whether its results choose experts: the smallest change may choose others.
     """
 
     weight_node: fx.Node
     bias_node: fx.Node | None
+    is_router: bool = False
     kind: ClassVar[str] = "linear"
 
     @property
@@ -52,6 +54,7 @@ class Linear(Region):
                 outputs=(node,),
                 weight_node=node.args[1],
                 bias_node=node.args[2] if len(node.args) > 2 else None,
+                is_router=_is_router(node),
             )
             for node, path in zip(nodes, paths, strict=True)
         ]
@@ -75,9 +78,9 @@ class Projections(Region):
 
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
-        """Return groups of linear layers by the value they read."""
+        """Return groups of linear layers by the value they read, routers left out."""
         groups: dict[fx.Node, list[Linear]] = {}
-        for linear in Linear.find(graph):
+        for linear in (layer for layer in Linear.find(graph) if not layer.is_router):
             groups.setdefault(linear.inputs[0], []).append(linear)
         found = [tuple(group) for group in groups.values() if len(group) > 1]
         paths = unique_paths([_joint_path(group) for group in found])
@@ -99,6 +102,13 @@ def _joint_path(group: tuple[Linear, ...]) -> str:
     prefix = common_prefix(paths)
     last = [path.removeprefix(prefix).strip(".").replace(".", "_") for path in paths]
     return ".".join(part for part in (prefix, "_".join(filter(None, last))) if part)
+
+
+def _is_router(node: fx.Node) -> bool:
+    """Whether the largest results are picked, or the largest of their softmax or sigmoid."""
+    scores = {aten.softmax.int, aten.sigmoid.default}
+    users = [user for u in node.users for user in (u.users if u.target in scores else (u,))]
+    return any(user.target is aten.topk.default for user in users)
 
 
 def _is_linear(node: fx.Node) -> bool:

@@ -13,11 +13,12 @@ from .attention import Attention
 from .branch import Branch, loose_ends
 from .calls import shape
 from .entry import Behind
+from .experts import Experts, way_of
 from .feed_forward import FeedForward
 from .flow import Flow, flow_of
 from .residual import Residual, residual_of, ways_of
 
-Part = Attention | FeedForward | Branch
+Part = Attention | FeedForward | Experts | Branch
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,8 @@ class Sublayer:
     @property
     def closes(self) -> bool:
         """Whether a block ends behind it: a feed-forward network over channels."""
+        if isinstance(self.region, Experts):
+            return True
         return isinstance(self.region, FeedForward) and self.region.axis == "channels"
 
     @property
@@ -77,6 +80,9 @@ def _sublayers(graph: fx.Graph) -> list[Sublayer]:
     for network in find_once(graph, FeedForward):
         way = residual_of(flow, network.kind, (network.x,), network.down_layer.node)
         found += [Sublayer(network, (way,))] if isinstance(way, Residual) else []
+    for experts in find_once(graph, Experts):
+        straight = way_of(flow, experts.x, experts.y)
+        found += [Sublayer(experts, (straight,))] if straight else []
     for attention in find_once(graph, Attention):
         found += _joint(flow, attention)
     for way, held in loose_ends(graph):

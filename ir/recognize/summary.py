@@ -11,6 +11,7 @@ from typing import Any
 from ..program import Program
 from .attention import Attention
 from .block import Block
+from .experts import Experts
 from .feed_forward import FeedForward
 from .sublayer import Part
 
@@ -92,4 +93,9 @@ def _sublayer(region: Part) -> str:
         gated = " gated" if region.is_gated else ""
         over = " over tokens" if region.axis == "tokens" else ""
         return f"ffn {region.ffn_dim}{gated} {region.activation}{over}"
+    if isinstance(region, Experts):
+        gated = " gated" if region.is_gated else ""
+        chosen = f"{region.active or '?'} of {region.experts} experts x {region.ffn_dim}"
+        shared = f" + {region.shared_ffn_dim} shared" if region.shared_ffn_dim else ""
+        return f"ffn {chosen}{shared}{gated} {region.activation}"
     return f"branch {'-'.join(region.ops)} over {region.mixes}"

@@ -159,7 +159,7 @@ def test_finds_everything_in_our_models(name: str) -> None:
 
 
 def test_two_streams() -> None:
-    from blockwright.models.mmdit import TOY_FLUX, Flux
+    from blockwright.models.flux import TOY_FLUX, Flux
 
     program = capture(Flux(TOY_FLUX).eval())
     assert len(program.attentions()) == TOY_FLUX.double_depth + TOY_FLUX.single_depth

@@ -16,7 +16,8 @@ from blockwright.ir.program import Program
 from blockwright.ir.recognize import Attention, Layer, Rotary
 from blockwright.ir.recognize.rows import Rows
 from blockwright.ir.run import run
-from blockwright.models.mmdit import SD3, TOY_FLUX, TOY_SD3, Flux
+from blockwright.models.flux import TOY_FLUX, Flux
+from blockwright.models.sd3 import SD3, TOY_SD3
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))

@@ -26,8 +26,8 @@ OURS = {
     "vit": "vit.ViT.TOY",
     "swin": "swin.Swin.TOY",
     "dit": "dit.DiT.TOY",
-    "flux": "mmdit.Flux.TOY_FLUX",
-    "sd3": "mmdit.SD3.TOY_SD3",
+    "flux": "flux.Flux.TOY_FLUX",
+    "sd3": "sd3.SD3.TOY_SD3",
 }
 
 

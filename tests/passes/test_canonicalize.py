@@ -475,7 +475,7 @@ def test_other_parts_are_left_alone(name: str) -> None:
 
 
 def test_a_layer_shared_with_attention_is_cut_in_two() -> None:
-    from blockwright.models.mmdit import TOY_FLUX, Flux
+    from blockwright.models.flux import TOY_FLUX, Flux
 
     torch.manual_seed(0)
     model = Flux(TOY_FLUX).eval()

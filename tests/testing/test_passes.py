@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+from torch import Tensor
 
-from blockwright.passes import Canonicalize, FoldConstants, FuseProjections, QuantizeWeights
+from blockwright.driver.calibration import example_set
+from blockwright.ir.program import Program
+from blockwright.passes import (
+    Canonicalize,
+    DenseToMoE,
+    DropBlocks,
+    DropIdleFeatures,
+    DropSublayers,
+    EmergentMoE,
+    FoldConstants,
+    FuseBlocks,
+    FuseProjections,
+    HardAttention,
+    LinearizeStreams,
+    LinearizeSublayers,
+    LoopBlocks,
+    MixtureOfBlocks,
+    PruneAccuracyDriven,
+    PruneContiguous,
+    PruneHeads,
+    PruneNeurons,
+    QuantizeWeights,
+    ShareBlocks,
+    ShareModulation,
+    SkipBricks,
+)
+from blockwright.passes.base import Evidence, Plan
 from blockwright.testing import pass_suite, replay
 from blockwright.testing.machine import ProgramMachine
 
@@ -25,11 +54,136 @@ def test_what_once_failed(path: Path, request: pytest.FixtureRequest) -> None:
     replay(data)
 
 
+class Noise:
+    """Made-up inputs, judged by the distance of each sample's outputs to noise."""
+
+    def __init__(self, program: Program) -> None:
+        self.inputs = example_set(program, None, None)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return iter([self.inputs])
+
+    def pairs(self) -> Iterator[tuple[list[Tensor], None]]:
+        return iter([(self.inputs, None)])
+
+    def loss(self, outputs: Sequence[Tensor], target: None) -> Tensor:
+        noise = torch.Generator().manual_seed(0)
+        return sum(
+            (y.float() - torch.randn(y.shape, generator=noise)).square().flatten(1).mean(1)
+            for y in outputs
+        )
+
+
+class JudgedByNoise(PruneAccuracyDriven):
+    """The pass with a task of its own: random models have none."""
+
+    def measure(self, program: Program, calibration: object) -> Evidence | None:
+        return super().measure(program, Noise(program))
+
+    def plan(self, program: Program, evidence: Evidence | None = None) -> Plan:
+        return super().plan(program, evidence or self.measure(program, None))
+
+
+class DetectedOnNoise(PruneContiguous):
+    """The pass with a calibration of its own."""
+
+    def measure(self, program: Program, calibration: object) -> Evidence | None:
+        return super().measure(program, Noise(program))
+
+    def plan(self, program: Program, evidence: Evidence | None = None) -> Plan:
+        return super().plan(program, evidence or self.measure(program, None))
+
+
 TestCanonicalize = pass_suite(Canonicalize(), examples=EXAMPLES)
+TestDenseToMoE = pass_suite(
+    DenseToMoE(experts=2, active=1, shared=0.5, importance="magnitude"),
+    exact=DenseToMoE(experts=2, active=2, shared=0.5, score="unit", importance="magnitude"),
+    refused=({"experts": 0}, {"active": 3}, {"shared": 1.0}, {"score": "best"}, {"scale": 0.0}),
+    examples=EXAMPLES,
+)
+TestDropBlocks = pass_suite(
+    DropBlocks(keep_ratio=0.6),
+    exact=DropBlocks(keep_ratio=1.0, allow_no_match=True),
+    idempotent=False,
+    refused=({"keep_ratio": 0.0}, {"importance": "luck"}),
+    examples=EXAMPLES,
+)
+TestDropIdleFeatures = pass_suite(DropIdleFeatures(), examples=EXAMPLES)
+TestDropSublayers = pass_suite(
+    DropSublayers(importance="random", keep_ratio=0.6),
+    idempotent=False,
+    refused=({"keep_ratio": 0.0}, {"importance": "luck"}, {"parts": ("head",)}),
+    examples=EXAMPLES,
+)
+TestEmergentMoE = pass_suite(
+    EmergentMoE(experts=2, active=1),
+    exact=EmergentMoE(experts=2, active=2),
+    refused=({"experts": 0}, {"active": 0}, {"active": 3}, {"cluster": "alphabet"}),
+    examples=EXAMPLES,
+)
 TestFoldConstants = pass_suite(
     FoldConstants(), refused=({"max_growth_bytes": -1},), examples=EXAMPLES
 )
+TestFuseBlocks = pass_suite(
+    FuseBlocks(keep_ratio=0.6),
+    exact=FuseBlocks(keep_ratio=1.0, allow_no_match=True),
+    idempotent=False,
+    refused=({"keep_ratio": 0.0}, {"group": 1}, {"rank": 0}, {"loss": "luck"}),
+    examples=EXAMPLES,
+)
 TestFuseProjections = pass_suite(FuseProjections(), examples=EXAMPLES)
+TestHardAttention = pass_suite(
+    HardAttention(top_k=2), refused=({"top_k": 0},), examples=EXAMPLES
+)
+TestLinearizeStreams = pass_suite(
+    LinearizeStreams(), exact=LinearizeStreams(), refused=({"stream": -1},), examples=2
+)
+TestLinearizeSublayers = pass_suite(
+    LinearizeSublayers(keep_ratio=0.0),
+    exact=LinearizeSublayers(keep_ratio=1.0, allow_no_match=True),
+    refused=({"keep_ratio": -1.0}, {"distance": "luck"}),
+    examples=EXAMPLES,
+)
+TestMixtureOfBlocks = pass_suite(
+    MixtureOfBlocks(),
+    exact=MixtureOfBlocks(active=2),
+    idempotent=False,
+    refused=({"group": 1}, {"active": 3}, {"alpha": -1.0}, {"noise": -1.0}, {"rate": 0.0}),
+    examples=EXAMPLES,
+)
+TestPruneAccuracyDriven = pass_suite(
+    JudgedByNoise(top_k=2, group_size=3),
+    idempotent=False,
+    refused=(
+        {"top_k": -1},
+        {"group_size": 0},
+        {"fine": 0.9},
+        {"majority": 1.0},
+        {"order": "any"},
+        {"budget": 0},
+    ),
+    examples=4,
+)
+TestPruneContiguous = pass_suite(
+    DetectedOnNoise(keep_ratio=0.5),
+    exact=PruneContiguous(intervals=(), allow_no_match=True),
+    idempotent=False,
+    refused=({"keep_ratio": 0.0}, {"start": "luck"}, {"distance": "luck"}, {"length": -1.0}),
+    examples=EXAMPLES,
+)
+TestPruneHeads = pass_suite(
+    PruneHeads(),
+    idempotent=False,
+    refused=({"keep_ratio": 0.0}, {"keep": 0}, {"importance": "luck"}, {"unit": "key"}),
+    examples=EXAMPLES,
+)
+TestPruneQueries = pass_suite(PruneHeads(unit="query"), idempotent=False, examples=4)
+TestPruneNeurons = pass_suite(
+    PruneNeurons(),
+    idempotent=False,
+    refused=({"keep_ratio": 1.5}, {"keep": 0}, {"importance": "luck"}, {"multiple_of": 0}),
+    examples=EXAMPLES,
+)
 TestQuantizeWeights = pass_suite(
     QuantizeWeights(),
     exact=QuantizeWeights(bits=4),
@@ -46,6 +200,29 @@ TestQuantizeGroups = pass_suite(
     QuantizeWeights(bits=4, group_size=2, symmetric=False, embeddings=True), examples=EXAMPLES
 )
 TestQuantizeActivations = pass_suite(QuantizeWeights(activations="int8"), examples=EXAMPLES)
+TestShareModulation = pass_suite(
+    ShareModulation(), refused=({"across": "time"}, {"epochs": 0}), examples=EXAMPLES
+)
+TestSkipBricks = pass_suite(
+    SkipBricks(steps=2, stages="blocks"),
+    exact=SkipBricks(steps=2, skip_ratio=0.1, stages="blocks", allow_no_match=True),
+    idempotent=False,
+    refused=({"steps": 0}, {"skip_ratio": 0.0}, {"when": "never"}, {"masks": ("1",)}),
+    examples=EXAMPLES,
+)
+
+TestShareBlocks = pass_suite(
+    ShareBlocks(start="first"),
+    idempotent=False,
+    refused=({"groups": 0}, {"what": "norms"}, {"experts": 2, "active": 3}),
+    examples=EXAMPLES,
+)
+TestLoopBlocks = pass_suite(
+    LoopBlocks(before=0, after=0, start="first"),
+    idempotent=False,
+    refused=({"body": 0}, {"turns": 0}, {"start": "last"}),
+    examples=EXAMPLES,
+)
 
 TestProgramMachine = ProgramMachine.TestCase
 TestProgramMachine.settings = settings(settings.get_profile("ci"), max_examples=6)
