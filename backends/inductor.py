@@ -2,9 +2,9 @@
 
     program -> fast CPU modules -> flat module -> torch.export -> AOTInductor -> g++ -> model.pt2
 
-The package holds native code and the weights; running it takes no Python, but for experts, which call
-an op of ours. It belongs to the CPU and the torch build it was made with, so a restored one is checked
-against both and rebuilt if they differ.
+The package holds native code and the weights; running it takes no Python, but for experts, which
+call an op of ours. It belongs to the CPU and the torch build it was made with, so a restored one is
+checked against both and rebuilt if they differ.
 """
 
 from __future__ import annotations

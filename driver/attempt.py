@@ -126,7 +126,6 @@ def _run(
         if not round_.replaced:
             break
     plan = _joined([round_.plan for round_ in rounds])
-    _require_match(pass_, plan)
     if given is not None:
         require_carried_out(given, plan, pass_)
     trained = tuple(training for round_ in rounds for training in round_.trained)
@@ -176,6 +175,8 @@ def _round(
     pass_, clock = attempt.pass_, attempt.clock
     part = None if given is None else pass_.part(given, number)
     attempt.plan = _plan(attempt, setting, old, part)
+    if number == 0:
+        _require_match(pass_, attempt.plan)
     plan, replaced, spliced = _rewrite(attempt, setting, old, attempt.plan)
     new, trained = spliced, tuple[Training, ...]()
     if replaced and setting.recover is not None:

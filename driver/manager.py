@@ -89,7 +89,6 @@ def run_passes(
         inputs, stream, verify_each, instruments, case, speed, seed,
         recover=training if calibration is not None else None, say=progress,
     )  # fmt: skip
-    first = program.signature
     with contextlib.ExitStack() as stack:
         store: Checkpoint | None = None
         steps: list[Step] = []
@@ -105,12 +104,11 @@ def run_passes(
             pass_ = passes[index]
             if progress:
                 progress(pass_.name, index, len(passes))
+            fitting = setting.fitting(program)
             if inputs and observed is None:
-                observed = observe(program, inputs)
+                observed = observe(program, fitting.inputs)
             attempt = Attempt(pass_, program, given[index], Stages())
-            if program.signature != first:
-                setting = setting.fitting(program)
-            program, step, observed = run_attempt(attempt, setting, observed)
+            program, step, observed = run_attempt(attempt, fitting, observed)
             steps.append(step)
             if store is not None:
                 store.save(index, program, step)

@@ -116,7 +116,7 @@ class Loop:
         step: int,
     ) -> None:
         """Add the gradient of one set; the last set of a step moves the weights."""
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model), torch.enable_grad():
             wanted, given = teacher(inputs)
             loss = model(inputs, given, wanted)
             self._require_finite(loss, step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -86,11 +86,13 @@ class _Change:
         taken.update(program.aliases)
         tensors, parameters = dict(program.tensors), set[str]()
         held = {place_of(tensor): name for name, tensor in tensors.items()}
+        kept = {held.get(place_of(tensor), "") for _, tensor, _ in self.added}
+        modules = {module for name in taken | kept for module in _modules(name)}
         for wanted, tensor, settle in self.added:
             place = place_of(tensor)
             name = held.get(place)
             if name is None:  # not a tensor the program has already
-                name = next(n for n in _variants(wanted) if n not in taken)
+                name = next(n for n in _variants(wanted) if n not in taken and n not in modules)
                 if name in tensors:  # nobody reads the old one any more
                     held.pop(place_of(tensors[name]), None)
                 tensors[name] = tensor.detach()
@@ -98,8 +100,14 @@ class _Change:
                 if isinstance(tensor, nn.Parameter):
                     parameters.add(name)
             taken.add(name)
+            modules.update(_modules(name))
             settle(name)
         return tensors, parameters
+
+
+def _modules(name: str) -> Iterator[str]:
+    """Yield the modules a weight is in; no other weight can have the name of one."""
+    return accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
 def _variants(name: str) -> Iterator[str]:

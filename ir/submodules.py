@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .branches import branches_of, is_cond, operands_of, scope
 from .cost import is_view
@@ -38,10 +38,21 @@ def add_branches(
         modules = []
         with graph.inserting_before(node):
             given = [read(name) for name in names]
+            operands = tuple(_in_order(graph, operand) for operand in operands)
             for label, key in zip(("if", "else"), keys, strict=True):
                 owner.add_module(f"#{label}{number}", _module(graphs, key, names))
                 modules.append(graph.get_attr(f"#{label}{number}"))
         node.args = (predicate, *modules, (*operands, *given))
+
+
+def _in_order(graph: fx.Graph, operand: fx.Node) -> fx.Node:
+    """Lay an operand out in order: Inductor gives branches other strides than they compute with."""
+    value = operand.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return operand
+    node = graph.call_function(aten.contiguous.default, (operand,))
+    node.meta["val"] = value
+    return node
 
 
 def _module(graphs: Graphs, key: str, names: list[str]) -> fx.GraphModule:

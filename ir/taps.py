@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from .branches import is_cond
 from .errors import OptionError
 from .flatten import as_module, flat_graphs
-from .graphs import output_nodes, remove_dead
+from .graphs import block_calls, output_nodes, remove_dead
 from .program import MAIN, Program
 from .recognize.place import Place, made_at
 
@@ -84,7 +84,14 @@ def _chosen(predicate: Tensor, yes: nn.Module, no: nn.Module, operands: Sequence
 
 
 def _node(program: Program, at: dict[tuple[str | None, fx.Node], fx.Node], place: Place) -> fx.Node:
-    node = at.get(made_at(program, place))
+    found = made_at(program, place)
+    node = at.get(found)
+    if node is not None and not _is_always_computed(program, found):
+        raise OptionError(
+            f"the value {place.node.name!r} is computed on some calls only.",
+            where=place.instance or "a branch of the main graph",
+            remedy="run the pass before the one that makes the model choose.",
+        )
     if node is None:
         raise OptionError(
             f"the program has no value {place.node.name!r}.",
@@ -92,3 +99,11 @@ def _node(program: Program, at: dict[tuple[str | None, fx.Node], fx.Node], place
             remedy="take places from the program itself, not from the one before a rewrite.",
         )
     return node
+
+
+def _is_always_computed(program: Program, place: Place) -> bool:
+    """Whether a value lies in no branch."""
+    if place.instance is None:
+        return place.node.graph is program.main
+    called = place.instance in block_calls(program.main)
+    return called and place.node.graph is program.graphs[program.instances[place.instance].block]

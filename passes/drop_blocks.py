@@ -20,7 +20,7 @@ from ..ir.facts import Fact
 from ..ir.program import Program
 from ..ir.recognize import Block
 from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice, selected
-from .shared.bypass import bypass, cannot_bypass
+from .shared.bypass import bypass, cannot_bypass, entangled
 from .shared.influence import block_influence, needs_calibration
 
 
@@ -88,6 +88,7 @@ class DropBlocks(Pass[Block, Drop]):
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Drop]:
         blocks = program.blocks()
         skips = {b.label: s.reason for b in blocks if isinstance(s := self.decide(b), Skip)}
+        skips = {**entangled(blocks), **skips}
         free = [block.label for block in blocks if block.label not in skips]
         influence = evidence.regions if evidence else {}
         if self.blocks:

@@ -139,7 +139,7 @@ class GraphBuilder:
                 ranges=dict.fromkeys(symbols.values(), (1, LIMIT)),
                 symbols=symbols,
             ),
-            aliases=self._aliases,
+            aliases={alias: name for alias, name in self._aliases.items() if name in used},
             parameters=frozenset(used - self._buffers),
         )
         return fold_blocks(program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from functools import cache
@@ -22,7 +23,7 @@ Draw = Any
 def passes(draw: Draw, kinds: tuple[type[AnyPass], ...] = PASSES) -> AnyPass:
     """Draw a pass; an option that does not go with those before it keeps its default."""
     kind = draw(st.sampled_from(kinds))
-    chosen: dict[str, Any] = {"allow_no_match": True}
+    chosen: dict[str, Any] = {**required(kind), "allow_no_match": True}
     for name, values in choices(kind).items():
         value = draw(st.none() | st.sampled_from(values).map(lambda v: (v,)))
         if value is not None and _accepts(kind, chosen | {name: value[0]}):
@@ -33,7 +34,7 @@ def passes(draw: Draw, kinds: tuple[type[AnyPass], ...] = PASSES) -> AnyPass:
 def random_pass(draw: random.Random) -> AnyPass:
     """Return a registered pass with random options, without the searching of hypothesis."""
     kind = draw.choice(PASSES)
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = required(kind)
     for name, values in choices(kind).items():
         value = draw.choice(values)
         if draw.random() < 0.5 and _accepts(kind, chosen | {name: value}):
@@ -51,10 +52,22 @@ def choices(kind: type[AnyPass]) -> dict[str, list[Any]]:
     """Return values each option of a pass accepts on its own, by name."""
     found = {}
     for option in options_of(kind).values():
-        values = [v for v in _candidates(option) if _accepts(kind, {option.name: v})]
+        values = [
+            v for v in _candidates(option) if _accepts(kind, required(kind) | {option.name: v})
+        ]
         if values and option.name != "allow_no_match":
             found[option.name] = values
     return found
+
+
+def required(kind: type[AnyPass]) -> dict[str, Any]:
+    """Return options that have no default, as the first of the class's examples has them."""
+    names = [f.name for f in dataclasses.fields(kind) if _has_no_default(f)]
+    return {name: kind.examples[0][name] for name in names}
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _candidates(option: Option) -> list[Any]:

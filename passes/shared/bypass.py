@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ...ir.recognize import Block
 from ...ir.shapes import describe
@@ -45,3 +45,15 @@ def cannot_bypass(block: Block) -> str | None:
     if others:
         return f"computes {others[0].name}, which is read outside of it"
     return None
+
+
+def entangled(blocks: Sequence[Block]) -> dict[str, str]:
+    """Return the blocks that compute something together with one before, each with the reason."""
+    owner: dict[tuple[str | None, fx.Node], str] = {}
+    found: dict[str, str] = {}
+    for block in blocks:
+        for node in block.nodes:
+            other = owner.setdefault((block.instance, node), block.label)
+            if other != block.label:
+                found[block.label] = f"computes {node.name} together with {other}"
+    return found

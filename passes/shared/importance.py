@@ -119,6 +119,12 @@ def _activation(coupled: Sequence[Coupled], calibration: Calibration, seed: int)
 
     def weighed(c: Coupled, share: Share) -> Tensor:
         key = c.region.instance, share.value
+        if key not in sizes:
+            raise OptionError(
+                "it computes nothing on the calibration inputs.",
+                where=c.region.label,
+                remedy="run the pass before the one that makes the model choose what to compute.",
+            )
         columns = _along(c.region.tensor(share.slot).float().square(), share.axis).sqrt()
         return sizes[key] / counts[key] * columns
 
@@ -128,6 +134,7 @@ def _activation(coupled: Sequence[Coupled], calibration: Calibration, seed: int)
     }
 
 
+@torch.enable_grad()
 def _taylor(coupled: Sequence[Coupled], calibration: Calibration, seed: int) -> Scores:
     program = coupled[0].region.program
     module = tapped(program, outputs_of(program))
@@ -161,8 +168,7 @@ def _losses(
     generator = torch.Generator().manual_seed(seed)
 
     def call(inputs: Sequence[Tensor]) -> Any:
-        with torch.enable_grad():
-            return torch.func.functional_call(module, dict(leaves), tuple(inputs))
+        return torch.func.functional_call(module, dict(leaves), tuple(inputs))
 
     if isinstance(calibration, Judged):
         for inputs, target in calibration.pairs():

@@ -69,7 +69,7 @@ def test_a_pass_that_does_not_run_cannot_be_watched(program: Program) -> None:
 def test_times_stand_by_stage(program: Program, tokens: Tensor) -> None:
     text = shown(program, inputs=[[tokens]], timing=True)["execution time"]
     head, *rows, total = text.splitlines()
-    columns = ["measure", "plan", "rewrite", "recover", "verify", "certify", "total", "nodes"]
+    columns = ["measure", "plan", "rewrite", "verify", "certify", "total", "nodes"]
     assert all(column in head for column in columns)
     assert len(rows) == 3
     assert total.startswith("total")

@@ -27,7 +27,7 @@ from blockwright.driver.recipe import (
 )
 from blockwright.driver.register import find_pass, pass_names
 from blockwright.ir.errors import OptionError
-from blockwright.passes import FuseProjections, Pass, Promise, QuantizeWeights
+from blockwright.passes import PASSES, FuseProjections, Pass, Promise, QuantizeWeights
 
 
 class Norm(StrEnum):
@@ -177,11 +177,11 @@ def test_toml_refuses_what_it_cannot_tell() -> None:
         to_toml([step])
 
 
+REGISTERED = {kind.name for kind in PASSES}
 MISTAKES = {
     "fuse-projection": "there is no pass 'fuse-projection'. [column 1 of the recipe, at"
     " 'fuse-projection'] Try: did you mean fuse-projections?",
-    "zzz": "Try: use one of broken-pass, canonicalize, fold-constants, fuse-projections,"
-    " hold-everything, quantize-weights.",
+    "zzz": f"Try: use one of {', '.join(sorted({*REGISTERED, 'broken-pass', 'hold-everything'}))}.",
     "broken-pass": "pass 'broken-pass' of no_such_module:Pass does not load: ModuleNotFoundError:"
     " No module named 'no_such_module' [column 1",
     "quantize-weights{bit=4}": "quantize-weights has no option 'bit'. [column 18 of the recipe,"

@@ -95,6 +95,12 @@ def test_only_the_named_weights_move(train: Train, new: Program) -> None:
     assert (training.steps, training.parameters) == (12, 12 * 8 + 8)
 
 
+def test_trains_where_the_caller_wants_no_gradients(train: Train) -> None:
+    with torch.no_grad():
+        found, _ = train()
+    assert same(found, train()[0])
+
+
 def test_weights_the_loss_does_not_depend_on_stay(train: Train, old: Program, new: Program) -> None:
     ours, theirs = ([Place(b.instance, b.stream_out)] for b in (new.blocks()[0], old.blocks()[1]))
     trained, training = train(loss=pairs(ours, theirs))

@@ -107,9 +107,9 @@ def test_an_exact_recipe_that_is_not_exact_is_found(
 def test_passes_that_are_not_installed_are_noted(
     artefact: Path, program: Program, tokens: Tensor, tmp_path: Path
 ) -> None:
-    found = check(changed(artefact, tmp_path, recipe="prune-heads"), program, tokens)
+    found = check(changed(artefact, tmp_path, recipe="prune-colours"), program, tokens)
     assert found.ok
-    assert "the passes were not run again: there is no pass 'prune-heads'" in found.notes[0]
+    assert "the passes were not run again: there is no pass 'prune-colours'" in found.notes[0]
 
 
 def test_another_model_disagrees(artefact: Path, tokens: Tensor, program: Program) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import blockwright as bw
@@ -174,3 +174,30 @@ def test_declines_to_cluster_no_weights() -> None:
 def test_refuses_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         EmergentMoE(**options)
+
+
+class UpDown(nn.Module):
+    """A network whose layers are called as its experts' weights will be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), UpDown()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def test_no_weight_is_called_like_the_module_of_another() -> None:
+    model, x = nn.Sequential(Residual(), Residual()).eval(), torch.randn(2, 3, 8)
+    engine = bw.compile(model, [ALL], (x,), backend="eager")
+    assert {"0.mlp.down.bias", "0.mlp.down#1"} <= set(engine.program.tensors)
+    torch.testing.assert_close(engine(x), model(x).detach())

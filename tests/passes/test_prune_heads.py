@@ -39,6 +39,16 @@ def test_dead_heads_are_not_missed(gpt: GPT, tokens: Tensor, importance: str) ->
     torch.testing.assert_close(run(new, [tokens]), run(old, [tokens]))
 
 
+def test_gradients_are_taken_where_the_caller_wants_none(program: Program, tokens: Tensor) -> None:
+    wanted = PruneHeads(importance="taylor")
+    with torch.no_grad():
+        found = wanted.measure(program, [[tokens]])
+    known = wanted.measure(program, [[tokens]])
+    assert found is not None
+    assert known is not None
+    torch.testing.assert_close(found.regions, known.regions)
+
+
 @pytest.mark.parametrize(
     ("options", "heads"),
     [

@@ -132,9 +132,7 @@ TestFuseBlocks = pass_suite(
     examples=EXAMPLES,
 )
 TestFuseProjections = pass_suite(FuseProjections(), examples=EXAMPLES)
-TestHardAttention = pass_suite(
-    HardAttention(top_k=2), refused=({"top_k": 0},), examples=EXAMPLES
-)
+TestHardAttention = pass_suite(HardAttention(top_k=2), refused=({"top_k": 0},), examples=EXAMPLES)
 TestLinearizeStreams = pass_suite(
     LinearizeStreams(), exact=LinearizeStreams(), refused=({"stream": -1},), examples=2
 )
