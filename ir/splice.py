@@ -180,7 +180,8 @@ class _Insertion:
         traced = self.splicer.trace(self.replacement, part, [n.meta["val"] for n in inputs])
         places = [node for node in traced.graph.nodes if node.op == "placeholder"]
         weights, given = places[: len(traced.weights)], places[len(traced.weights) :]
-        env: dict[fx.Node, Any] = dict(zip(given, inputs, strict=True))
+        values = [value for node in inputs for value in self._values(graph, node)]
+        env: dict[fx.Node, Any] = dict(zip(given, values, strict=True))
         slots: dict[fx.Node, Slot] = {}
         for name, place in zip(traced.weights, weights, strict=True):
             env[place] = graph.get_attr(self.replacement.slot(name))
@@ -235,6 +236,13 @@ class _Insertion:
         graph.output(tuple(env[node] for node in output_nodes(source)))
         remove_dead(graph)
         return operands
+
+    def _values(self, graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+        """Return a value, or the values of a node that has several: a trace takes them apart."""
+        several = node.meta["val"]
+        if not isinstance(several, tuple | list):
+            return [node]
+        return [self._pick(graph, node, index) for index in range(len(several))]
 
     def _pick(self, graph: fx.Graph, choice: fx.Node, index: int) -> fx.Node:
         picked = graph.call_function(operator.getitem, (choice, index))

@@ -117,6 +117,9 @@ class SkipBricks(Pass[Stages, str]):
     def decide(self, region: Stages) -> str | Skip:
         if not region.before:
             return Skip("has nothing to be left out for: the chain begins with it", at=region)
+        several = [n for n in region.inputs if isinstance(n.meta["val"], tuple | list)]
+        if several:
+            return Skip(f"reads {several[0].name}, which is several values at once", at=region)
         return self.column(region.first, region.length)
 
     def replace(self, region: Stages, decision: str) -> nn.Module:

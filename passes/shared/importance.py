@@ -145,6 +145,12 @@ def _taylor(coupled: Sequence[Coupled], calibration: Calibration, seed: int) -> 
     totals = {c.region.label: torch.zeros(c.count) for c in coupled}
     seen = False
     for losses in _losses(module, leaves, calibration, seed):
+        if not losses.requires_grad:
+            raise OptionError(
+                "the outputs on the calibration inputs do not depend on the weights in question.",
+                where=coupled[0].region.label,
+                remedy="run the pass before the one that makes the model choose what to compute.",
+            )
         for loss in losses:
             found = torch.autograd.grad(
                 loss, list(leaves.values()), retain_graph=True, materialize_grads=True
