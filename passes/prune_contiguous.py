@@ -132,7 +132,14 @@ class PruneContiguous(Pass[Block, Interval]):
         for stack in program.stacks():
             probes = probe(stack, calibration)
             rows = zip(stack.blocks, probes.errors, probes.similarity, strict=True)
-            found |= {b.label: {"errors": e, "similarity": s} for b, e, s in rows}
+            # Rounded: the last digits of a sum depend on where its terms lie in memory.
+            found |= {
+                b.label: {
+                    "errors": [round(error, 9) for error in e],
+                    "similarity": [round(value, 9) for value in s],
+                }
+                for b, e, s in rows
+            }
         return Evidence(sum(1 for _ in calibration), found)
 
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Interval]:

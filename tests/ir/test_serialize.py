@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -313,7 +314,7 @@ CORRUPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a path as a device": lambda d: next(n for n in nodes(d) if "value" in n)["value"].update(
         device="/dev/sda"
     ),
-    "endless nesting": lambda d: d["signature"].update(outputs=nest(900)),
+    "endless nesting": lambda d: d["signature"].update(outputs=nest(2 * sys.getrecursionlimit())),
 }
 
 
