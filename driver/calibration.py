@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -34,6 +35,10 @@ class CalibrationSets:
     def __iter__(self) -> Iterator[list[Tensor]]:
         for index, item in enumerate(islice(self._source, CALIBRATION_LIMIT)):
             yield self._flat(index, item)
+
+    def __length_hint__(self) -> int:
+        told = operator.length_hint(self._source, -1)
+        return NotImplemented if told < 0 else min(told, CALIBRATION_LIMIT)
 
     def _flat(self, index: int, item: Any) -> list[Tensor]:
         args, kwargs = ((), item) if isinstance(item, Mapping) else (_as_tuple(item), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,10 @@ class Completed(Generic[C]):
 
     def __iter__(self) -> Iterator[Sequence[Tensor]]:
         return (self.program.completed(flat) for flat in self.source)
+
+    def __length_hint__(self) -> int:
+        told = operator.length_hint(self.source, -1)
+        return NotImplemented if told < 0 else told
 
 
 class CompletedPairs(Completed[Judged]):

@@ -197,7 +197,7 @@ class Program:
         current = self.tensors if state is None else state
         values = {slot.input: current[slot.name] for slot in self.state}
         given = iter(inputs)
-        places = (node.name for node in self.main.nodes if node.op == "placeholder")
+        places = (node.name for node in argument_positions(self.main))
         return [values[name] if name in values else next(given) for name in places]
 
     def completed(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -205,7 +205,7 @@ class Program:
 
         Arguments that passes have added are 0: the first step, the first position.
         """
-        places = [node for node in self.main.nodes if node.op == "placeholder"]
+        places = list(argument_positions(self.main))
         missing = [node.meta["val"] for node in places[len(inputs) :]]
         added = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in missing]
         return [*inputs, *added]

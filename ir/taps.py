@@ -73,8 +73,10 @@ def _chooses_in_python(module: fx.GraphModule) -> fx.GraphModule:
     """Let choices be plain `if`s: `cond` traces its branches anew on every call with gradients."""
     for part in module.modules():
         nodes = part.graph.nodes if isinstance(part, fx.GraphModule) else ()
-        for node in [node for node in nodes if is_cond(node)]:
+        choices = [node for node in nodes if is_cond(node)]
+        for node in choices:
             node.target = _chosen
+        if choices:
             part.recompile()  # type: ignore[operator]
     return module
 

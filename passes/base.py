@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,8 +39,8 @@ R = TypeVar("R", bound=Region)
 D = TypeVar("D")
 Calibration = Iterable[Sequence[Tensor]]  # flat inputs of `main`, as often as one asks
 
-__all__ = ["Calibration", "Evidence", "Judged", "Pass", "Plan", "Promise", "Skip", "judged",
-           "require_choice", "selected"]  # fmt: skip
+__all__ = ["Calibration", "Evidence", "Judged", "Pass", "Plan", "Promise", "Skip", "count_of",
+           "judged", "require_choice", "selected"]  # fmt: skip
 
 
 class Promise(StrEnum):
@@ -245,6 +246,12 @@ class Pass(ABC, Generic[R, D]):
         """Render as in a recipe: `drop-blocks{keep_ratio=0.75}`."""
         options = ", ".join(f"{name}={_text(value)}" for name, value in self.options().items())
         return f"{self.name}{{{options}}}" if options else self.name
+
+
+def count_of(calibration: Calibration) -> int:
+    """Return how many input sets there are, read through only where they do not tell."""
+    told = operator.length_hint(calibration, -1)
+    return sum(1 for _ in calibration) if told < 0 else told
 
 
 def selected(label: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -21,7 +21,17 @@ from ..ir.facts import Fact
 from ..ir.program import Program
 from ..ir.recognize import FeedForward
 from ..ir.shapes import concrete
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice, selected
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+    selected,
+)
 from .shared.importance import METHODS, neuron_importance
 from .shared.moe import SCORES, Gating, Split, routed
 from .shared.moe_curve import examined, inputs_of
@@ -123,7 +133,7 @@ class DenseToMoE(Pass[FeedForward, Split]):
             )
         seen = inputs_of(program, networks, calibration)
         found = {label: {"scores": s, "x": seen.get(label)} for label, s in scores.items()}
-        return Evidence(samples=sum(1 for _ in calibration), regions=found)
+        return Evidence(samples=count_of(calibration), regions=found)
 
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Split]:
         found = evidence.regions if evidence else {}

@@ -8,7 +8,6 @@ makes a model shallower.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,20 +18,25 @@ from ..ir.errors import OptionError
 from ..ir.facts import Fact
 from ..ir.program import Program
 from ..ir.recognize import Block
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice, selected
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+    selected,
+)
 from .shared.bypass import bypass, cannot_bypass, entangled
-from .shared.influence import block_influence, needs_calibration
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Why a block is dropped.
-
-    Attributes:
-        influence: What it does to its streams, from 0 up; None when nobody measured.
-    """
-
-    influence: float | None = None
+from .shared.influence import (
+    Drop,
+    block_influence,
+    least_first,
+    needs_calibration,
+    require_fraction,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +74,7 @@ class DropBlocks(Pass[Block, Drop]):
 
     def __post_init__(self) -> None:
         require_choice(self.name, "importance", self.importance, ("cosine", "random"))
-        if not 0 < self.keep_ratio <= 1:
-            raise OptionError(
-                f"{self.name}: keep_ratio={self.keep_ratio} is no fraction of blocks to keep.",
-                remedy="use more than 0 and at most 1.",
-            )
+        require_fraction(self.name, self.keep_ratio, of="blocks")
 
     def ends(self) -> frozenset[Fact]:
         return frozenset({Fact.CALIBRATED})
@@ -83,7 +83,7 @@ class DropBlocks(Pass[Block, Drop]):
         if self.blocks or self.importance != "cosine":
             return None
         influence = block_influence(program, calibration)
-        return Evidence(sum(1 for _ in calibration), influence)
+        return Evidence(count_of(calibration), influence)
 
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Drop]:
         blocks = program.blocks()
@@ -97,9 +97,7 @@ class DropBlocks(Pass[Block, Drop]):
             count = len(blocks) - self._kept(len(blocks))
             if count and self.importance == "cosine" and not evidence:
                 raise needs_calibration(self.name)
-            order = random.Random(self.seed).sample(free, len(free))
-            if influence:
-                order = sorted(free, key=influence.__getitem__)
+            order = least_first(free, influence, self.seed)
             dropped = set(_spare(program, order)[:count])
         stay = {label: "is kept: others matter less" for label in free if label not in dropped}
         decisions = {name: Drop(influence.get(name)) for name in free if name in dropped}

@@ -9,7 +9,6 @@ The norm of the sum stays.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,21 +19,21 @@ from ..ir.errors import OptionError
 from ..ir.facts import Fact
 from ..ir.program import Program
 from ..ir.recognize import Summand
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice, selected
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+    selected,
+)
+from .shared.influence import Drop, least_first, require_fraction
 from .shared.without import apart, sublayer_influence, without
 
 PARTS = ("attention", "feed_forward", "experts", "branch")
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Why a sublayer is dropped.
-
-    Attributes:
-        influence: How far it turns its stream, from 0 up; None when nobody measured.
-    """
-
-    influence: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +79,7 @@ class DropSublayers(Pass[Summand, Drop]):
         require_choice(self.name, "importance", self.importance, ("cosine", "random"))
         for part in self.parts:
             require_choice(self.name, "parts", part, PARTS)
-        if not 0 < self.keep_ratio <= 1:
-            raise OptionError(
-                f"{self.name}: keep_ratio={self.keep_ratio} is no fraction of sublayers to keep.",
-                remedy="use more than 0 and at most 1.",
-            )
+        require_fraction(self.name, self.keep_ratio, of="sublayers")
 
     def ends(self) -> frozenset[Fact]:
         return frozenset({Fact.CALIBRATED})
@@ -94,7 +89,7 @@ class DropSublayers(Pass[Summand, Drop]):
         if self.sublayers or self.importance != "cosine" or not regions:
             return None
         influence = sublayer_influence(program, regions, calibration)
-        return Evidence(sum(1 for _ in calibration), influence)
+        return Evidence(count_of(calibration), influence)
 
     def decide(self, region: Summand) -> Drop | Skip:
         kind = region.sublayer.region.kind
@@ -139,10 +134,8 @@ class DropSublayers(Pass[Summand, Drop]):
                 f"{self.name}: influence is measured on calibration inputs.",
                 remedy="run the pass with calibration=..., so that it is measured first.",
             )
-        order = random.Random(self.seed).sample(free, len(free))
-        if evidence is not None:
-            order = sorted(free, key=lambda region: evidence.regions[region.label])
-        chosen = {region.label for region in order[:count]}
+        influence = evidence.regions if evidence else {}
+        chosen = set(least_first([r.label for r in free], influence, self.seed)[:count])
         return [region for region in free if region.label in chosen]
 
     def _require_rest(self, regions: Sequence[Summand], dropped: set[str]) -> None:

@@ -19,11 +19,20 @@ from ..ir.errors import OptionError
 from ..ir.facts import Fact
 from ..ir.program import Program
 from ..ir.recognize import Experts, FeedForward
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice, selected
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+    selected,
+)
 from .shared.clusters import balanced_clusters
 from .shared.moe import Gating, Split, routed
 from .shared.moe_curve import examined, inputs_of
-from .shared.moe_stages import name_of
 from .shared.neurons import Neurons, beside, cannot_split
 
 CLUSTERS = ("balanced", "contiguous", "random")
@@ -85,7 +94,7 @@ class EmergentMoE(Pass[FeedForward, Split]):
     def measure(self, program: Program, calibration: Calibration) -> Evidence | None:
         networks = [ffn for ffn in self.regions(program) if self._obstacle(ffn) is None]
         seen = inputs_of(program, networks, calibration)
-        return Evidence(samples=sum(1 for _ in calibration), regions=seen)
+        return Evidence(samples=count_of(calibration), regions=seen)
 
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Split]:
         plan, seen = super().plan(program), evidence.regions if evidence else {}
@@ -148,9 +157,9 @@ def router_keys(program: Program, momentum: float = 0.0) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for region in program.regions(Experts):
         slot = region.router.weight_node if region.router else None
-        if slot is None or name_of(region, slot) in program.parameters:
+        if slot is None or region.tensor_name(slot) in program.parameters:
             continue
         weights = region.weights()
         keys = weights.get("gate", weights["up"]).mean(dim=1)
-        found[name_of(region, slot)] = torch.lerp(keys, region.tensor(slot), momentum)
+        found[region.tensor_name(slot)] = torch.lerp(keys, region.tensor(slot), momentum)
     return found

@@ -21,7 +21,17 @@ from ..ir.errors import OptionError
 from ..ir.facts import Fact
 from ..ir.program import Program
 from ..ir.recognize import FeedForward, Place, Summand
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice, selected
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+    selected,
+)
 from .shared.least_squares import residual_fits
 from .shared.losses import output_mse
 from .shared.recovery import Fit, Stage
@@ -92,7 +102,7 @@ class LinearizeSublayers(Pass[Summand, Linearized]):
             return None
         fits = residual_fits(program, [ends_of(region) for region in free], calibration)
         errors = {r.label: fit.lost() for r, fit in zip(free, fits, strict=True)}
-        return Evidence(sum(1 for _ in calibration), errors)
+        return Evidence(count_of(calibration), errors)
 
     def decide(self, region: Summand) -> Linearized | Skip:
         network = region.sublayer.region

@@ -27,7 +27,7 @@ from ..ir.only_when import OnlyWhen
 from ..ir.program import Program
 from ..ir.recognize import Place
 from ..ir.taps import tapped
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip
+from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, count_of
 from .shared.block_groups import Grouped, grouped, taught_groups
 from .shared.bypass import Bypass
 from .shared.influence import mean_over
@@ -142,7 +142,7 @@ class MixtureOfBlocks(Pass[Grouped, Group]):
 
         means = mean_over(calibration, scores).split([len(d.blocks) for _, d in firsts])
         known = {r.label: (-mean).tolist() for (r, _), mean in zip(firsts, means, strict=True)}
-        return Evidence(sum(1 for _ in calibration), known)
+        return Evidence(count_of(calibration), known)
 
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Group]:
         plan = super().plan(program)

@@ -21,7 +21,16 @@ from ..ir.errors import OptionError
 from ..ir.facts import Fact
 from ..ir.program import Program
 from ..ir.recognize import Block
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+)
 from .shared.bypass import bypass
 from .shared.contiguous import Run, detected, named, within_budget
 from .shared.losses import output_kl, output_mse
@@ -140,7 +149,7 @@ class PruneContiguous(Pass[Block, Interval]):
                 }
                 for b, e, s in rows
             }
-        return Evidence(sum(1 for _ in calibration), found)
+        return Evidence(count_of(calibration), found)
 
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Interval]:
         decisions: dict[str, Interval] = {}

@@ -28,15 +28,14 @@ from .base import Evidence, Pass, Plan, Promise, Skip, require_choice, selected
 from .shared.moe import Gating, stacked, visit
 from .shared.neurons import PARTS, Neurons, as_parameter, cannot_split
 from .shared.recovery import Stage
+from .shared.students import key_of
 from .shared.tying import (
     alike,
     block_at,
     common_weights,
-    key_of,
     once,
     own_nodes,
     taught_back,
-    weight_nodes,
 )
 
 SHARED: Mapping[str, tuple[type[Region], ...]] = {
@@ -194,7 +193,7 @@ class ShareBlocks(Pass[Block, Share]):
             return own
         inside = {node for part in self._parts(block) for node in part.nodes}
         read = {n for node in inside for n in node.all_input_nodes if n.op == "get_attr"}
-        return {node for node in weight_nodes(block) if node not in read} | own
+        return {node for node in block.weight_nodes if node not in read} | own
 
     def _experts(self, group: Sequence[str]) -> list[str]:
         """Return the blocks whose networks become experts, spread evenly over the depth."""

@@ -25,7 +25,17 @@ from ..ir.recognize import Layer, Place
 from ..ir.recognize.modulation import Modulation
 from ..ir.region_module import Call, RegionModule
 from ..ir.taps import tapped
-from .base import Calibration, Evidence, Pass, Plan, Promise, Skip, require_choice, selected
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+    selected,
+)
 from .shared.influence import mean_over
 from .shared.losses import balanced_features, output_mse
 from .shared.moe_stages import features
@@ -108,7 +118,7 @@ class ShareModulation(Pass[Modulation, Shared]):
         sizes = [layer.in_features for layer in layers]
         known = iter(mean_over(calibration, means).split(sizes))
         regions = {m.label: [next(known).tolist() for _ in m.layers] for m in found}
-        return Evidence(sum(1 for _ in calibration), regions)
+        return Evidence(count_of(calibration), regions)
 
     def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Shared]:
         found = {modulation.label: modulation for modulation in self.regions(program)}

@@ -20,7 +20,7 @@ from .experts import Experts
 from .feed_forward import FeedForward
 from .flow import Flow, NotRecognized, flow_of
 from .group import Group, groups_of
-from .isomorphism import structure_of
+from .isomorphism import structure_of, weights_of
 from .modulation import Modulation, modulations_of, source_of
 from .residual import ways_of
 from .sublayer import Sublayer, sublayers_of
@@ -78,9 +78,18 @@ class Block(Region):
 
         Isomorphic blocks have equal ones.
         """
-        ends = [stream.stream_out for stream in self.streams if stream.stream_out is not None]
         key = ("structure", self.outputs[0])
-        return remembered(self.nodes[0].graph, key, lambda _: structure_of(self.nodes, ends))
+        return remembered(self.nodes[0].graph, key, lambda _: structure_of(self.nodes, self._ends))
+
+    @property
+    def weight_nodes(self) -> list[fx.Node]:
+        """The `get_attr` nodes it reads: one for one those of isomorphic blocks."""
+        key = ("weights", self.outputs[0])
+        return remembered(self.nodes[0].graph, key, lambda _: weights_of(self.nodes, self._ends))
+
+    @property
+    def _ends(self) -> list[fx.Node]:
+        return [stream.stream_out for stream in self.streams if stream.stream_out is not None]
 
     @property
     def attentions(self) -> tuple[Attention, ...]:

@@ -33,21 +33,6 @@ def structure_of(nodes: Iterable[fx.Node], results: Iterable[fx.Node]) -> str:
     return hashlib.sha256("\n".join(writer.lines).encode()).hexdigest()[:16]
 
 
-def order_of(nodes: Iterable[fx.Node], results: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
-    """Return the nodes that results ask for, and the weights and inputs these ask for.
-
-    The n-th node of one region corresponds to the n-th of another whose structure is equal.
-
-    Args:
-        nodes: As in `structure_of`.
-        results: As in `structure_of`.
-    """
-    writer = _Writer(frozenset(nodes))
-    for node in results:
-        writer.write(node)
-    return tuple(writer.numbers)
-
-
 def weights_of(nodes: Iterable[fx.Node], results: Iterable[fx.Node]) -> list[fx.Node]:
     """Return the `get_attr` nodes that results ask for: one for one those of isomorphic regions.
 

@@ -24,8 +24,8 @@ from ...ir.regions import local_path
 from ..base import selected
 from .losses import TINY
 from .recovery import Loss, Stage
-from .students import cuts_around
-from .tying import block_at, key_of, weight_names
+from .students import cuts_around, key_of
+from .tying import block_at, weight_names
 
 Span = tuple[int, int]
 CAUSAL = {"causal", "window"}

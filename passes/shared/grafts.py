@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...ir.recognize import Block, Linear
-from ...ir.recognize.isomorphism import order_of
 from ...ir.recognize.spelled import TransposedLinear
 from ...ir.regions import find_once
 
@@ -142,8 +141,7 @@ def counterparts(block: Block, other: Block) -> Mapping[fx.Node, fx.Node]:
     """Return the weights of another block by those of one; none if they are no twins."""
     if not are_twins(block, other):
         return {}
-    pairs = zip(_order(block), _order(other), strict=True)
-    return {ours: theirs for ours, theirs in pairs if ours.op == "get_attr"}
+    return dict(zip(block.weight_nodes, other.weight_nodes, strict=True))
 
 
 def linears(block: Block) -> Iterator[Linear | TransposedLinear]:
@@ -166,11 +164,6 @@ def _vectors(block: Block) -> list[fx.Node]:
         and block.tensor(node).dim() == 1
         and not block.is_shared(node)
     ]
-
-
-def _order(block: Block) -> tuple[fx.Node, ...]:
-    ends = [stream.stream_out for stream in block.streams if stream.stream_out is not None]
-    return order_of(block.nodes, ends)
 
 
 def _product(factors: Sequence[Tensor]) -> Tensor:

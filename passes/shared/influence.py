@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -119,3 +121,34 @@ def needs_calibration(owner: str) -> OptionError:
         f"{owner} goes by what is measured on calibration inputs, and there are none.",
         remedy="give calibration=..., or name the blocks.",
     )
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Why a block or a sublayer is dropped.
+
+    Attributes:
+        influence: How far it turns its streams, from 0 up; None when nobody measured.
+    """
+
+    influence: float | None = None
+
+
+def least_first(labels: Sequence[str], influence: Mapping[str, float], seed: int) -> list[str]:
+    """Return labels by their influence, the least first; in random order where none is known."""
+    if influence:
+        return sorted(labels, key=influence.__getitem__)
+    return random.Random(seed).sample(labels, len(labels))
+
+
+def require_fraction(owner: str, keep_ratio: float, *, of: str) -> None:
+    """Refuse a fraction that keeps nothing or more than there is.
+
+    Raises:
+        OptionError: It is not above 0 and at most 1.
+    """
+    if not 0 < keep_ratio <= 1:
+        raise OptionError(
+            f"{owner}: keep_ratio={keep_ratio} is no fraction of {of} to keep.",
+            remedy="use more than 0 and at most 1.",
+        )

@@ -74,24 +74,6 @@ def balanced_features(output: Loss, student: Sequence[Place], teacher: Sequence[
     return Loss(output.student + tuple(student), output.teacher + tuple(teacher), measure)
 
 
-def load_balance(probabilities: Sequence[Place], chosen: Sequence[Place]) -> Loss:
-    """Return n * sum_i f_i P_i of routers: 1 where all experts are used alike, n at worst.
-
-    Args:
-        probabilities: Per router, its scores [..., experts], which sum to one.
-        chosen: Per router, the experts chosen, [..., k].
-
-    Source: Fedus, Zoph and Shazeer, 2022, arXiv:2101.03961, equations 4 to 6.
-    """
-    count = len(probabilities)
-
-    def measure(ours: Values, _: Values) -> Tensor:
-        found = [balance(p, c) for p, c in zip(ours[:count], ours[count:], strict=True)]
-        return torch.stack(found).mean()
-
-    return Loss((*probabilities, *chosen), (), measure)
-
-
 def soft_kl(
     ours: Float[Tensor, "*batch classes"],
     theirs: Float[Tensor, "*batch classes"],
@@ -129,7 +111,14 @@ def direction_l1(ours: Float[Tensor, "*batch dim"], theirs: Float[Tensor, "*batc
 
 
 def balance(probabilities: Float[Tensor, "*batch experts"], chosen: Tensor) -> Tensor:
-    """Return n * sum_i f_i P_i of one router; see `load_balance`."""
+    """Return n * sum_i f_i P_i of one router: 1 where all experts are used alike, n at worst.
+
+    Args:
+        probabilities: Scores of the experts, which sum to one.
+        chosen: The experts chosen, [*batch, k].
+
+    Source: Fedus, Zoph and Shazeer, 2022, arXiv:2101.03961, equations 4 to 6.
+    """
     experts = probabilities.shape[-1]
     used = F.one_hot(chosen.flatten(), experts).float().mean(dim=0)
     return experts * (used * probabilities.flatten(0, -2).mean(dim=0)).sum()

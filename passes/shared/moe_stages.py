@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...ir.program import Program
 from ...ir.recognize import Experts, Layer
@@ -38,7 +38,7 @@ def stages(old: Program, new: Program, labels: Collection[str]) -> Sequence[Stag
     loss = balanced_features(output_mse(old, new), features(new), features(old))
     result: list[Stage] = []
     if shared:
-        silent = {name_of(r, r.slots["down"]): nothing(r.weights()["down"]) for r in found}
+        silent = {r.tensor_name(r.slots["down"]): nothing(r.weights()["down"]) for r in found}
         weights = dict.fromkeys(shared)
         result.append(Stage(name="shared experts", weights=weights, loss=loss, held=silent))
     if found:
@@ -77,12 +77,6 @@ def features(program: Program) -> list[Place]:
     ]
 
 
-def name_of(region: Region, slot: fx.Node) -> str:
-    """Return the name of the tensor behind a slot."""
-    name = str(slot.target)
-    return region.program.instances[region.instance].weights[name] if region.instance else name
-
-
 def nothing(like: Tensor) -> Tensor:
     """Return zeros that take no memory."""
     return like.new_zeros(()).expand(like.shape)
@@ -90,11 +84,11 @@ def nothing(like: Tensor) -> Tensor:
 
 def _names(region: Region, layers: Sequence[Layer]) -> Iterator[str]:
     slots = (slot for layer in layers for slot in (layer.weight_node, layer.bias_node))
-    return (name_of(region, slot) for slot in slots if slot is not None)
+    return (region.tensor_name(slot) for slot in slots if slot is not None)
 
 
 def _routed(region: Experts) -> Iterator[str]:
     """Yield the weights of routed experts, and of a router that its gates are made of."""
-    yield from (name_of(region, slot) for slot in region.slots.values())
+    yield from (region.tensor_name(slot) for slot in region.slots.values())
     if region.is_weighted and region.router:
         yield from _names(region, (region.router,))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...ir.errors import OptionError
 from ...ir.recognize.coupled import Coupled
 from ...ir.regions import R
-from ..base import Calibration, Evidence
+from ..base import Calibration, Evidence, count_of
 from ..plan import Plan, Skip
 from .importance import METHODS, importance
 
@@ -45,7 +45,7 @@ def evidence_of(
     if by not in CALIBRATED:
         return None
     wanted = [c for c in coupled if c.objection is None]
-    return Evidence(sum(1 for _ in calibration), importance(wanted, by, calibration, seed=seed))
+    return Evidence(count_of(calibration), importance(wanted, by, calibration, seed=seed))
 
 
 def scored(by: str, coupled: Coupled, seed: int, owner: str) -> Tensor:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from ...ir.program import Program
 from ...ir.recognize import Block
-from ...ir.recognize.isomorphism import weights_of
 from ...ir.recognize.place import Place
 from ...ir.region_module import RegionModule
 from ...ir.regions import Region
@@ -26,10 +25,15 @@ DISTANCES: Mapping[str, Distance] = {
 }
 
 
+def key_of(block: Block) -> str:
+    """Return what a block is called before and after a rewrite: labels follow what is inside."""
+    return block.instance or block.label
+
+
 def cuts_around(program: Program) -> dict[str, tuple[Cut, Cut]]:
-    """Return the streams before and after each block, by instance: paths follow what is inside."""
+    """Return the streams before and after each block, by its key."""
     return {
-        block.instance or block.label: (stack.cuts[index], stack.cuts[index + 1])
+        key_of(block): (stack.cuts[index], stack.cuts[index + 1])
         for stack in program.stacks()
         for index, block in enumerate(stack.blocks)
     }
@@ -53,7 +57,7 @@ def taught(
     ours: list[Place] = []
     theirs: list[Place] = []
     feeds: Feeds = []
-    names = {block.label: block.instance or block.label for block in old.blocks()}
+    names = {block.label: key_of(block) for block in old.blocks()}
     for run in runs:
         first, last, label = (names[part] for part in run)
         if label not in student:  # no block any more: it is left as it starts
@@ -85,12 +89,10 @@ def with_length(distance: Distance, weight: float) -> Distance:
 
 def own_weights(program: Program, block: Block) -> dict[fx.Node, str]:
     """Return the parameters that only this block reads, by the node that does."""
-    ends = [stream.stream_out for stream in block.streams if stream.stream_out is not None]
-    names = program.instances[block.instance].weights if block.instance else {}
-    found = {n: names.get(str(n.target), str(n.target)) for n in weights_of(block.nodes, ends)}
+    names = {node: block.tensor_name(node) for node in block.weight_nodes}
     return {
         node: name
-        for node, name in found.items()
+        for node, name in names.items()
         if name in program.parameters
         and program.tensors[name].is_floating_point()
         and not program.is_shared(str(node.target), block.instance)

@@ -16,11 +16,10 @@ from torch import Tensor, fx
 from ...ir.errors import OptionError
 from ...ir.program import Program
 from ...ir.recognize import Block
-from ...ir.recognize.isomorphism import weights_of
 from ...ir.recognize.stack import Stack
 from .losses import balanced_features, output_mse
 from .recovery import Stage
-from .students import cuts_around
+from .students import cuts_around, key_of
 
 T = TypeVar("T")
 _made: WeakKeyDictionary[Program, dict[Any, Any]] = WeakKeyDictionary()
@@ -46,19 +45,12 @@ def block_at(program: Program, label: str) -> Block:
     return blocks[label]
 
 
-def weight_nodes(block: Block) -> list[fx.Node]:
-    """Return the `get_attr` nodes of a block, in an order that isomorphic blocks share."""
-    return weights_of(block.nodes, [s.stream_out for s in block.streams if s.stream_out])
-
-
 def weight_names(blocks: Iterable[Block]) -> list[str]:
     """Name the floating-point parameters that blocks read, each once."""
     found: dict[str, None] = {}
     for block in blocks:
         program = block.program
-        slots = program.instances[block.instance].weights if block.instance else {}
-        for node in weight_nodes(block):
-            name = slots.get(str(node.target), str(node.target))
+        for name in map(block.tensor_name, block.weight_nodes):
             if name in program.parameters and program.tensors[name].is_floating_point():
                 found[name] = None
     return list(found)
@@ -79,7 +71,7 @@ def common_weights(
     """
     program = block.program
     whole = once(program, ("mean", *sources), lambda: _mean(program, sources))
-    nodes = zip(weight_nodes(block), whole, strict=True)
+    nodes = zip(block.weight_nodes, whole, strict=True)
     return {node: tensor for node, tensor in nodes if node not in private}
 
 
@@ -114,11 +106,6 @@ def taught_back(
     return [Stage(weights=weights, loss=loss, **how)] if weights else []
 
 
-def key_of(block: Block) -> str:
-    """Return what a block is called before and after a rewrite: labels follow what is inside."""
-    return block.instance or block.label
-
-
 def own_nodes(block: Block) -> set[fx.Node]:
     """Return the `get_attr` nodes of a block's norms and of its modulation."""
     norms = [
@@ -143,7 +130,7 @@ def alike(stack: Stack) -> Iterator[list[Block]]:
 
 def _mean(program: Program, sources: Sequence[str]) -> list[Tensor]:
     blocks = [block_at(program, label) for label in sources]
-    columns = zip(*([b.tensor(n) for n in weight_nodes(b)] for b in blocks), strict=True)
+    columns = zip(*(map(b.tensor, b.weight_nodes) for b in blocks), strict=True)
     return [mean(list(column)) for column in columns]
 
 

@@ -197,7 +197,7 @@ def test_bench_compares_with_the_first(folder: Path) -> None:
     assert found["timings"]["eager"]["speedup"] == 1.0
     assert found["relative_error"]["tiny.py:Offers"] < 1e-6
     text = call("bench", saved(), "--against", "eager,tiny.bw", "--rounds", "1").stdout
-    assert "no verdict: only 1 of at least 5 rounds fitted" in text
+    assert "no verdict: " in text  # one round is too few, if the machine stood still at all
 
 
 def test_diff_compares_saved_engines(folder: Path) -> None:
