@@ -86,7 +86,7 @@ fuzz: env ## Search for failures with random passes and models: make fuzz MINUTE
 composition: env ## Find out how every two passes go together; rewrites docs/composition.md.
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m blockwright.testing.composition_page --jobs $(JOBS)
 
-# `make test` runs a third of them, another one every day.
+# `make test` runs a twentieth of them.
 .PHONY: mutants
 mutants: env ## Put known bugs in, one by one, and see that tests notice: make mutants SHARD=1/3 MINUTES=10.
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/run.py --jobs $(JOBS) --shard $(SHARD) \

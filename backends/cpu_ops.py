@@ -3,7 +3,9 @@
     quantized_linear       folded to fp32; packed bf16 kernels when asked and when they are faster
     int8_linear            integer products; integers as floats when the example has few rows
     quantized_embedding    plain lookups
+    dequantize             folded
     moe_ffn                one matrix product per expert that is used
+    hash_linear            one `embedding_bag` over all tables
 
 Faithful by default: only `activations="bf16"` changes numbers beyond rounding. What has no faster
 form (other devices, fp64, codes that would saturate) keeps the reference of its op.
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ir.errors import OptionError
+from ..ir.ops import OPS
 from ..ir.ops.int8_linear import WEIGHT_LIMIT
 from ..ir.ops.packing import unpack
 from ..ir.ops.quantized_linear import weight_of
@@ -32,11 +35,13 @@ from ..kernels.cpu_linear import (
     Bf16Int8Linear,
     CompiledInt8Linear,
     FoldedLinear,
+    FoldedWeight,
     Int8Linear,
     QuantizedTable,
     RoundedLinear,
 )
 from ..kernels.experts import Experts
+from ..kernels.hash_cpu import HashedTables
 from ..kernels.moe_cpu import SortedExperts
 
 INT8_ROWS: Final = 16
@@ -68,7 +73,7 @@ def lower_structural(
     activations = options.get("activations", "fp32")
     if activations not in ("fp32", "bf16"):
         raise OptionError(f"activations={activations!r} is unknown.", remedy="use fp32 or bf16.")
-    size = concrete(program, None)
+    program, size = _folded(program), concrete(program, None)
     replacements: list[tuple[StructuralCall, nn.Module]] = []
     for call in regions(program, StructuralCall):
         rows = math.prod(size(n) for n in call.input.shape[:-1])
@@ -76,6 +81,14 @@ def lower_structural(
         if module is not None:
             replacements.append((call, module))
     return rewrite(program, replacements, by="cpu-ops") if replacements else program
+
+
+def _folded(program: Program) -> Program:
+    """Return a program in which weights that calls make of codes alone are stored as floats."""
+    calls = [call for call in regions(program, StructuralCall) if not call.inputs]
+    modules = [FoldedWeight(OPS[call.op].overload(**call.arguments())) for call in calls]
+    pairs = list(zip(calls, modules, strict=True))
+    return rewrite(program, pairs, by="cpu-ops") if pairs else program
 
 
 def _module(call: StructuralCall, rows: int, *, bf16: bool, compiled: bool) -> nn.Module | None:
@@ -90,6 +103,8 @@ def _module(call: StructuralCall, rows: int, *, bf16: bool, compiled: bool) -> n
         return _weight_only(call.input, arguments, rows, bf16=bf16)
     if name == "moe_ffn":
         return SortedExperts(Experts(**arguments))
+    if name == "hash_linear":
+        return HashedTables(**arguments)
     if name == "int8_linear" and call.input.dtype in _FLOATS and _in_range(arguments["codes"]):
         form = _int8_form(rows, compiled=compiled)
         return form(**arguments)

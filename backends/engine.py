@@ -7,6 +7,7 @@ counter), a session holds it: sessions share weights and nothing else.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +15,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ..ir.errors import ArtefactError, OptionError
-from ..ir.program import Program
+from ..ir.program import Program, StateSlot
 from .base import Lowered
 from .disk import replace_file
 from .report import Report
@@ -122,16 +123,21 @@ class Session:
         self.reset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model and keep its state for the next call. A failed call changes no state."""
+        """Run the model and keep its state for the next call. A failed call changes no state.
+
+        Raises:
+            OptionError: The arguments do not fit, or the model says that its state does not.
+        """
         with self._lock:
-            result, self._state = self.engine._run(args, kwargs, self._state)
+            result, following = self.engine._run(args, kwargs, self._state)
+            _listen(self.engine.program.state, following)
+            self._state = following
         return result
 
     def reset(self) -> None:
         """Start afresh: the next call gives what a first call gives."""
-        program = self.engine.program
         with self._lock:
-            self._state = {slot.name: program.tensors[slot.name].clone() for slot in program.state}
+            self._state = self.engine.program.initial_state()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the state by name."""
@@ -167,6 +173,19 @@ class Session:
     def eval(self) -> Self:
         """Return the session, which is always in evaluation mode."""
         return self
+
+
+def _listen(slots: Iterable[StateSlot], state: Mapping[str, Tensor]) -> None:
+    """Say what the next state tells of: warn, or raise before it is kept."""
+    for slot in slots:
+        told = state[slot.name].item() if slot.faults or slot.warning else 0
+        if told and slot.faults:
+            raise OptionError(
+                slot.faults[min(int(told), len(slot.faults)) - 1],
+                remedy="call session.reset() to start afresh; the state is as before this call.",
+            )
+        if told:
+            warnings.warn(f"{slot.warning}: {told:.3g}", stacklevel=3)
 
 
 def _owned(state: dict[str, Tensor], others: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,9 @@ from ..ir.program import Program
 from ..ir.shapes import concrete
 from ..ir.shapes import dims as dims_of
 from .base import Backend, Files, Lowered, WeightsFile, refuse_unsupported
+from .block_ops import spell_blocks
 from .cpu_ops import lower_structural
+from .inductor_choices import exact_operands
 
 PACKAGE, MADE_FOR = "model.pt2", "inductor.json"
 OPTIONS = ("threads", "activations", "freezing", "max_autotune")
@@ -61,13 +63,13 @@ class InductorBackend(Backend):
         refuse_unsupported(program, self.name)
         folder = tempfile.TemporaryDirectory(prefix="blockwright-")
         path = Path(folder.name) / PACKAGE
-        prepared = lower_structural(program, options, compiled=True)
+        prepared = lower_structural(spell_blocks(program), options, compiled=True)
         settings.setdefault("freezing", has_integer_layers(prepared))
         exported = export(prepared)
         with _compiling, _threads(options.get("threads")), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                with torch.no_grad():  # else it ignores `freezing`
+                with torch.no_grad(), exact_operands():  # with gradients it ignores `freezing`
                     torch._inductor.aoti_compile_and_package(
                         exported, package_path=str(path), inductor_configs=settings
                     )

@@ -27,7 +27,8 @@ from ..ir.errors import LoweringError
 from ..ir.program import Program
 from ..ir.shapes import concrete, dims
 from .base import WeightsFile
-from .onnx_ops import STORED_AS, TRANSLATIONS
+from .onnx_ops import TRANSLATIONS
+from .onnx_rows import STORED_AS, cut_rows, find, span
 
 OPSET = 23
 _IR_VERSION = 10
@@ -75,7 +76,8 @@ def placed(model: onnx.ModelProto, weights: WeightsFile, notes: Mapping[str, str
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for initializer in references(copy):
-        offset, length = weights.spans[initializer.name]
+        held = {entry.key: entry.value for entry in initializer.external_data}
+        offset, length = span(weights.spans, initializer.name, int(held["length"]))
         del initializer.external_data[:]
         for key, value in (("location", weights.name), ("offset", offset), ("length", length)):
             initializer.external_data.add(key=key, value=str(value))
@@ -155,6 +157,7 @@ def _tidy(model: ir.Model) -> None:
     for item in (model, graph):
         item.metadata_props.clear()
     _drop_empty_reshapes(graph)
+    cut_rows(graph)
     Sequential(
         cleaning.ClearMetadataAndDocStringPass(),
         cleaning.CommonSubexpressionEliminationPass(),
@@ -208,14 +211,14 @@ def _is_known(shape: ir.Shape) -> bool:
 def _refer(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
     """Replace the data of initializers that are tensors of the program by references."""
     for name, value in model.graph.initializers.items():
-        stored = value.meta.get(STORED_AS)
-        if name not in tensors or (stored is None and tensors[name].nbytes < _INLINE_BYTES):
+        stored, tensor = value.meta.get(STORED_AS), find(tensors, name)
+        if tensor is None or (stored is None and tensor.nbytes < _INLINE_BYTES):
             continue
         assert value.const_value is not None
-        dtype, shape = stored or (value.const_value.dtype, tuple(tensors[name].shape))
+        dtype, shape = stored or (value.const_value.dtype, tuple(tensor.shape))
         value.dtype, value.shape = dtype, ir.Shape(shape)
         value.const_value = ir.ExternalTensor(
-            "weights", 0, tensors[name].nbytes, dtype, shape=value.shape, name=name
+            "weights", 0, tensor.nbytes, dtype, shape=value.shape, name=name
         )
 
 

@@ -2,6 +2,7 @@
 
     int8_linear        QuantizeLinear -> MatMulIntegerToFloat       u8 x s8, the fast pair
     quantized_linear   DequantizeLinear -> MatMul                   fused to MatMulNBits
+    hash_linear        Gather -> MatMul with the scores         rows of all tables at once
     attention          Attention of [batch, seq, heads * head_dim]  no transposed copies
 
 Each function takes the arguments of its op, tensors as ONNX values, and is called while the model
@@ -19,13 +20,13 @@ from onnx.defs import OpSchema
 from onnxscript import opset23 as op
 from onnxscript.values import Op, Opset
 
+from ..ir.ops import hash_linear as _hash
 from ..ir.ops import int8_linear as _int8
 from ..ir.ops import quantized_embedding as _embedding
 from ..ir.ops import quantized_linear as _weight_only
-from . import onnx_experts
+from . import onnx_attention, onnx_blocks, onnx_experts
+from .onnx_rows import store_as
 from .onnx_values import FLOAT, as_type, dtype_of, ints, scalar, shape_of
-
-STORED_AS: Final = "stored as"  # key in `Value.meta`: element type and shape behind raw bytes
 
 _CENTRE = (
     128  # unsigned code of zero; ONNX Runtime multiplies u8 x s8 six times faster than s8 x s8
@@ -68,9 +69,9 @@ def quantized_linear(
     inputs, (groups, features) = shape_of(x)[-1], shape_of(scale)
     if bits == 4:
         kind = ir.DataType.INT4 if zero_point is None else ir.DataType.UINT4
-        _store_as(codes, kind, (inputs, features))
+        store_as(codes, kind, (inputs, features))
         if zero_point is not None:
-            _store_as(zero_point, kind, (groups, features))
+            store_as(zero_point, kind, (groups, features))
     weight = op.DequantizeLinear(codes, scale, zero_point, axis=0, block_size=group_size)
     y = op.MatMul(x, as_type(weight, dtype_of(x), given=dtype_of(scale)))
     return y if bias is None else op.Add(y, bias)
@@ -80,6 +81,27 @@ def quantized_embedding(ids: ir.Value, codes: ir.Value, scale: ir.Value) -> ir.V
     """Gather rows of codes and their scales."""
     rows = op.Cast(op.Gather(codes, ids), to=dtype_of(scale))
     return op.Mul(rows, op.Gather(scale, ids))
+
+
+def hash_linear(x: ir.Value, tables: ir.Value, bias: ir.Value | None, score: str) -> ir.Value:
+    """Hash in single precision, read one row of each table, and multiply them by their scores."""
+    (count, height, features), dtype = shape_of(tables), dtype_of(x)
+    bits, last = height.bit_length() - 1, ints(-1)
+    shape = op.Concat(op.Shape(x, end=-1), ints(count, bits), axis=0)
+    z = op.Reshape(as_type(x, FLOAT), shape)  # [*batch, tables, bits]
+    powers = ints(*(2 ** (bits - 1 - bit) for bit in range(bits)))
+    signs = op.Cast(op.GreaterOrEqual(z, scalar(0)), to=ir.DataType.INT64)
+    code = op.ReduceSum(op.Mul(signs, powers), last, keepdims=0)
+    size = op.Abs(z)
+    weight = op.ReduceProd(op.Sigmoid(op.Add(size, size)), last, keepdims=0)
+    if score == "l1_softmax":
+        weight = op.Mul(op.ReduceSum(size, last, keepdims=0), weight)
+    table = op.Reshape(tables, ints(-1, features))
+    rows = op.Gather(table, op.Add(code, ints(*range(0, count * height, height))))
+    rows = as_type(rows, FLOAT, given=dtype_of(tables))
+    y = op.Squeeze(op.MatMul(op.Unsqueeze(weight, ints(-2)), rows), ints(-2))
+    y = as_type(y, dtype, given=FLOAT)
+    return y if bias is None else op.Add(y, bias)
 
 
 def attention(
@@ -130,12 +152,15 @@ def split_every(x: ir.Value, size: int | ir.Value, dim: int = 0) -> Sequence[ir.
 
 
 TRANSLATIONS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
+    _hash.OP: hash_linear,
     _int8.OP: int8_linear,
     _weight_only.OP: quantized_linear,
     _embedding.OP: quantized_embedding,
     torch.ops.aten.split_with_sizes.default: split,
     torch.ops.aten.split.Tensor: split_every,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
+    **onnx_attention.TRANSLATIONS,
+    **onnx_blocks.TRANSLATIONS,
     **onnx_experts.TRANSLATIONS,
 }
 
@@ -195,8 +220,3 @@ def _whole_mask(mask: ir.Value | None, query: ir.Value, key: ir.Value) -> ir.Val
         return mask
     rows, columns = op.Shape(query, start=2, end=3), op.Shape(key, start=2, end=3)
     return op.Expand(mask, op.Concat(ints(1, 1), rows, columns, axis=0))
-
-
-def _store_as(value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
-    """Note what the bytes of an initializer are."""
-    value.meta[STORED_AS] = (dtype, shape)

@@ -179,10 +179,11 @@ def weight_values(model: onnx.ModelProto, tensors: Mapping[str, Tensor]) -> dict
         ArtefactError: The model refers to a tensor that is not there, or is of another size.
     """
     from .onnx_model import references
+    from .onnx_rows import find
 
     values = {}
     for reference in references(model):
-        tensor = tensors.get(reference.name)
+        tensor = find(tensors, reference.name)
         if tensor is None or not _fits(tensor, reference):
             raise ArtefactError(f"{MODEL_FILE} and the weights differ in {reference.name!r}.")
         values[reference.name] = _weight_value(tensor.detach().contiguous(), reference)

@@ -27,6 +27,7 @@ _COST = {
     "weight_bytes": "bytes of weights",
     "flops": "FLOPs, a multiply-add is two",
     "bytes_moved": "bytes moved",
+    "state_bytes": "bytes of state",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..ir.cost import coded_weights, is_view, node_flops
+from ..ir.cost import coded_weights, is_view, node_flops, results, weights_read
 from ..ir.errors import VerifyError
 from ..ir.graphs import place_of
 from ..ir.ops import OPS
@@ -45,7 +45,8 @@ class Meter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.flops: Counter[str] = Counter()
-        self.bytes_moved = self.coded = 0
+        self.bytes_moved = 0
+        self.coded: dict[str, int] = {}
         self._ran: set[tuple[str | None, fx.Graph]] = set()
         self._read: dict[object, int] = {}
         self._idle: dict[object, int] = {}
@@ -54,12 +55,13 @@ class Meter:
     def saw(self, instance: str | None, node: fx.Node, value: Any) -> None:
         """Take the value of a node."""
         self._ran.add((instance, node.graph))
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and str(node.target) not in OPS:
             return
-        output = tuple(value.shape), value.numel() * value.element_size()
-        self._shapes[instance, node] = output
+        first, *others = results(value)
+        size = sum(t.numel() * t.element_size() for t in (first, *others))
+        output = self._shapes[instance, node] = tuple(first.shape), size
         if node.op == "get_attr":
-            self._saw_weight(instance, node, value)
+            self._saw_weight(instance, node, first)
         if node.op != "call_function" or is_view(node):
             return
         sources = [
@@ -69,11 +71,11 @@ class Meter:
         self.flops.update(node_flops(node, shapes, output[0]))
         self.bytes_moved += output[1] + sum(size for _, size in sources)
         structural = OPS.get(str(node.target))
-        if structural is not None:
-            self.coded += structural.weights(shapes, output[0])
+        names = [self._name(instance, str(slot.target)) for slot in weights_read(node)[:1]]
+        if structural is not None and (count := structural.weights(shapes, output[0])):
+            self.coded |= dict.fromkeys(names, count)
         if structural is not None and structural.idle is not None:
-            weights = (n for n in _sources(node) if n.op == "get_attr")
-            name = self._name(instance, str(next(weights).target))
+            (name,) = names
             self._idle[place_of(self.program.tensors[name])] = structural.idle(shapes)
 
     def _saw_weight(self, instance: str | None, node: fx.Node, value: Tensor) -> None:
@@ -81,15 +83,14 @@ class Meter:
         if name in self.program.parameters:
             self._read[place_of(value)] = value.numel()
 
-    def _not_run(self) -> int:
-        """Count the weights in codes of branches that were not computed."""
-        program = self.program
-        return sum(
-            coded_weights(program, program.graphs[key])
-            for instance in (None, *program.instances)
-            for key in program.scope(instance)
-            if (instance, program.graphs[key]) not in self._ran
-        )
+    def _not_run(self) -> dict[str, int]:
+        """Count the weights in codes of branches that were not computed, by the codes' name."""
+        program, found = self.program, dict[str, int]()
+        for instance in (None, *program.instances):
+            for graph in map(program.graphs.__getitem__, program.scope(instance)):
+                if (instance, graph) not in self._ran:
+                    found |= coded_weights(program, graph, instance)
+        return found
 
     def _name(self, instance: str | None, slot: str) -> str:
         return self.program.instances[instance].weights[slot] if instance else slot
@@ -100,9 +101,9 @@ class Meter:
         stored = {place_of(t): t.numel() * t.element_size() for t in tensors.values()}
         owned = {place_of(tensors[n]): tensors[n].numel() for n in self.program.parameters}
         return {
-            "parameters": sum(owned.values()) + self.coded + self._not_run(),
+            "parameters": sum(owned.values()) + sum((self._not_run() | self.coded).values()),
             "activated_parameters": sum(self._read.values())
-            + self.coded
+            + sum(self.coded.values())
             - sum(self._idle.values()),
             "weight_bytes": sum(stored.values()),
             "flops": self.flops.total(),

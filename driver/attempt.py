@@ -1,4 +1,4 @@
-"""Run one pass as a transaction: measure, plan, rewrite, recover, verify, certify."""
+"""Run one pass as a transaction: measure, plan, rewrite, calibrate, recover, verify, certify."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .completed import completed
 from .instrument import Instruments, Stages
 from .numerics import Inputs
 from .plans import arranged, require_carried_out
-from .recover import Recover, Say, Training, recover, require_taken
+from .recover import Recover, Say, Training, calibrated, recover, require_taken
 from .reproducer import Case, Reproducer, attach, error_text
 from .speed import SpeedGuard
 from .steps import Receipt, Step
@@ -138,6 +138,7 @@ def _run(
             verify(new, by=pass_.name)
     if replaced and observed is not None:
         with clock("certify"):
+            pass_.check(unprepared, new, setting.inputs[0])
             after = observe(new, setting.inputs)
             for round_ in rounds:
                 _check_round(pass_, round_, setting.inputs[0])
@@ -178,12 +179,14 @@ def _round(
     if number == 0:
         _require_match(pass_, attempt.plan)
     plan, replaced, spliced = _rewrite(attempt, setting, old, attempt.plan)
-    new, trained = spliced, tuple[Training, ...]()
+    with clock("calibrate"):
+        new = calibrated(pass_, old, spliced, plan, setting.calibration)
+    trained = tuple[Training, ...]()
     if replaced and setting.recover is not None:
         with clock("recover"):
-            stages = pass_.recovery(old, spliced, plan)
+            stages = pass_.recovery(old, new, plan)
             new, trained = recover(
-                old, spliced, stages, setting.calibration, setting.recover, by=pass_.name,
+                old, new, stages, setting.calibration, setting.recover, by=pass_.name,
                 say=setting.say,
             )  # fmt: skip
     return Round(old, plan, replaced, spliced, new, trained)
@@ -252,7 +255,7 @@ def _certify(
     predicted = predict(pass_, old, new, decided, inputs[0])
     costs = settle(pass_.name, predicted, after.counts)
     certificate, verdicts = certify(old, before, after, exact, bound, costs)
-    hold(pass_.name, pass_.promise, verdicts, bound)
+    hold(pass_.name, pass_.promised(), verdicts, bound)
     return certificate
 
 

@@ -78,7 +78,7 @@ def check_bounds(
     pass_: Pass[Any, Any], program: Program, replaced: Replaced, inputs: Sequence[Inputs]
 ) -> BoundCheck | None:
     """Replay replaced regions and their modules in fp64 and compare with the method's bound."""
-    if pass_.promise is not Promise.BOUNDED:
+    if pass_.promised() is not Promise.BOUNDED:
         return None
     checks = _Bounds(pass_)
     for flat in inputs:
@@ -99,6 +99,8 @@ class _Bounds:
         """Check these regions in the next run."""
         self._waiting.clear()
         for region, module in replaced:
+            if not region.inputs:
+                self._check(region, module, {})
             waiting = _Replaced(region, module, {})
             for node in dict.fromkeys(region.inputs):
                 self._waiting.setdefault((region.instance, node), []).append(waiting)

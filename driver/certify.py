@@ -105,7 +105,8 @@ def refer(
         ) -> None:
             if name in before and name in after:
                 low, high = blocks.get(name, (0.0, 0.0))
-                found = _apart(before[name], values), _apart(after[name], values)
+                known = values[: len(before[name])]  # state that a pass declared comes behind
+                found = _apart(before[name], known), _apart(after[name], known)
                 blocks[name] = max(low, found[0]), max(high, found[1])
 
         outputs.append(run(program, flat, dtype=torch.float64, on_block=on_block))
@@ -125,7 +126,8 @@ def certify(
     Returns:
         What is kept, and the verdict on each output for `hold`.
     """
-    names = output_names(program)
+    # State that a pass has declared was not there before: there is nothing to compare it with.
+    names = output_names(program)[: len(old.outputs[0]) if old.outputs else None]
     verdicts = judge(old.outputs, new.outputs, exact.outputs if exact else None, names)
     certificate = Certificate(
         outputs={name: verdict.error for name, verdict in verdicts.items()},
@@ -172,7 +174,7 @@ def hold(
 def promise_of(passes: Sequence[Pass[Any, Any]]) -> Promise:
     """Return what a list of passes promises together: as little as the weakest of them."""
     order = list(Promise)
-    return max((pass_.promise for pass_ in passes), key=order.index, default=Promise.EXACT)
+    return max((pass_.promised() for pass_ in passes), key=order.index, default=Promise.EXACT)
 
 
 def output_names(program: Program) -> list[str]:

@@ -23,7 +23,7 @@ from .zoo import Preset
 Data = Mapping[str, Any]
 _COUNTS = {
     "parameters": count, "activated_parameters": count, "weight_bytes": size,
-    "flops": count, "bytes_moved": size,
+    "flops": count, "bytes_moved": size, "state_bytes": size,
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def program_view(data: Data) -> list[RenderableType]:
         table(
             f"One call{f' at {sizes}' if sizes else ''}; one multiply-add is two FLOPs",
             ("", "#"),
-            [(name.replace("_", " "), text(cost[name])) for name, text in _COUNTS.items()],
+            [(n.replace("_", " "), text(cost[n])) for n, text in _COUNTS.items() if n in cost],
         ),
         table(
             "\nFLOPs by kind",

@@ -189,7 +189,8 @@ def lower(
     fastest = next(iter(lowered))
     if len(lowered) > 1:
         say("measure backends", 0, 1)
-        calls = {name: _call(lowered[name], inputs) for name in reversed(lowered)}
+        flat = program.completed(inputs)
+        calls = {name: _call(lowered[name], flat) for name in reversed(lowered)}
         comparison = compare(calls, rounds=7, budget_s=10)
         measured = {name: timing.median_ms for name, timing in comparison.timings.items()}
         fastest = comparison.fastest

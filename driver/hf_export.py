@@ -102,7 +102,8 @@ def _weights(program: Program, experts: Sequence[Experts]) -> dict[str, Tensor]:
     for number, region in enumerate(experts):
         layer, own = f"model.layers.{number}", region.weights()
         gate, up, down = region.shared_gate, region.shared_up, region.shared_down
-        dense = all(part.is_dense for part in (*region.layers, *filter(None, (region.router,))))
+        layers = (*region.layers, *filter(None, (region.router,)))
+        dense = region.is_dense and all(layer.is_dense for layer in layers)
         biased = region.bias is not None or any("bias" in name for name in own)
         if not (region.router and gate and up and down and dense) or biased:
             raise _misfit(f"{region.label} has biases, packed weights or no shared expert")

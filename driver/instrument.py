@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 log = logging.getLogger("blockwright.passes")
-STAGES = ("measure", "plan", "rewrite", "recover", "verify", "certify", "speed")
+STAGES = ("measure", "plan", "rewrite", "calibrate", "recover", "verify", "certify", "speed")
 Which = bool | str | Sequence[str]
 
 

@@ -121,10 +121,7 @@ def run_passes(
 
 def _about(setting: Setting, passes: Sequence[AnyPass]) -> dict[str, Any]:
     """Return what the results of passes depend on beside the model and themselves."""
-    calibrated = any(
-        type(pass_).measure is not Pass.measure or type(pass_).recovery is not Pass.recovery
-        for pass_ in passes
-    )
+    calibrated = any(pass_.calibrates() for pass_ in passes)
     return {
         "inputs": inputs_hash(setting.inputs),
         "calibration": inputs_hash(setting.calibration) if calibrated else None,

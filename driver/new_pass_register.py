@@ -28,7 +28,7 @@ def with_import(text: str, module: str, name: str) -> str:
     imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
     same = next((node for node in imports if _module(node) == module), None)
     if same is not None:
-        names = sorted({name, *(alias.name for alias in same.names)})
+        names = sorted({name, *(alias.name for alias in same.names)}, key=str.lower)
         return _replaced(text, same, _bracketed(f"from {module} import ", "()", names))
     later = next((node for node in imports if _module(node) > module), None)
     if not imports:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,13 +17,13 @@ from ..backends import weights
 from ..backends.artefact import load
 from ..ir.errors import OptionError
 from ..ir.program import Program
-from ..passes.base import Calibration
+from ..passes.base import Calibration, Pass, Plan
 from ..passes.shared.least_squares import residual_fits
 from ..passes.shared.recovery import Stage
 from .recover_loop import Loop
 from .recover_options import Recover, Say, Training
 
-__all__ = ["Recover", "Say", "Training", "recover", "require_taken"]
+__all__ = ["Recover", "Say", "Training", "calibrated", "recover", "require_taken"]
 
 
 def recover(
@@ -67,6 +68,18 @@ def recover(
             training = Training(stage.name, 0, 0, loss, loss, missing=missing)
         done.append(training)
     return new, tuple(done)
+
+
+def calibrated(
+    pass_: Pass[Any, Any], old: Program, new: Program, plan: Plan[Any], calibration: Calibration
+) -> Program:
+    """Return the new program with the weights that a pass finds on the calibration."""
+    found = pass_.calibrate(old, new, plan, calibration) if new is not old else {}
+    for name, tensor in found.items():
+        own = new.require(name)
+        assert (tensor.shape, tensor.dtype) == (own.shape, own.dtype), name
+    moved = {name: tensor.to(new.require(name).device) for name, tensor in found.items()}
+    return new.with_(tensors={**new.tensors, **moved}) if moved else new
 
 
 def _fitted(old: Program, new: Program, stage: Stage, calibration: Calibration) -> Program:

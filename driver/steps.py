@@ -90,7 +90,7 @@ class Step:
         return {
             "pass": self.pass_.name,
             "options": self.pass_.options(),
-            "promise": str(self.pass_.promise),
+            "promise": str(self.pass_.promised()),
             "plan": self.plan.to_json(),
             "receipt": plain(self.receipt),
             "certificate": plain(self.certificate),

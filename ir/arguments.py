@@ -14,21 +14,24 @@ from .signature import Argument, TensorSpec
 from .structure import Structure
 
 
-def with_argument(program: Program, name: str, dtype: torch.dtype = torch.int64) -> Program:
-    """Return the program with a scalar as its last argument; one that has it stays as it is.
+def with_argument(
+    program: Program, name: str, dtype: torch.dtype = torch.int64, shape: tuple[int, ...] = ()
+) -> Program:
+    """Return the program with one more argument, its last; one that has it stays as it is.
 
     Inputs that were made for the program before still fit: see `Program.completed`.
 
     Args:
         program: What is called.
         name: Of the argument, and of main's placeholder.
-        dtype: Type of the scalar.
+        dtype: Element type.
+        shape: Sizes, none for a scalar.
 
     Raises:
         OptionError: The program has an argument of this name that is something else.
     """
     known = next((spec for spec in program.signature.inputs if spec.name == name), None)
-    if known is not None and (known.dtype, known.shape) == (dtype, ()):
+    if known is not None and (known.dtype, known.shape) == (dtype, shape):
         return program
     names = {argument.name for argument in program.signature.arguments}
     if name in names | set(program.signature.parameters) | {n.name for n in program.main.nodes}:
@@ -40,8 +43,8 @@ def with_argument(program: Program, name: str, dtype: torch.dtype = torch.int64)
     with graph.inserting_after(last):
         place = graph.placeholder(name)
     with fake_mode(graph):
-        place.meta["val"] = torch.empty((), dtype=dtype, device=last.meta["val"].device)
-    argument = Argument(name, False, Structure("leaf"), (TensorSpec(name, dtype, ()),))
+        place.meta["val"] = torch.empty(shape, dtype=dtype, device=last.meta["val"].device)
+    argument = Argument(name, False, Structure("leaf"), (TensorSpec(name, dtype, shape),))
     signature = replace(
         program.signature,
         arguments=(*program.signature.arguments, argument),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from .branches import branches_of, choices
@@ -36,6 +35,7 @@ class Cost:
         parameters: Weights, tied ones once, quantized ones as the weights they stand for.
         activated_parameters: Weights one token is multiplied with, embeddings included.
         weight_bytes: Bytes of all stored tensors, scales and buffers included.
+        state_bytes: Bytes a session keeps from call to call; twice as much while a call runs.
         flops: Floating-point (or integer) operations; one multiply-add is two. Of two branches
             the dearer one counts, here, in `bytes_moved` and in `by_kind`.
         bytes_moved: Bytes every op reads and writes when nothing is fused.
@@ -51,6 +51,7 @@ class Cost:
     bytes_moved: int
     by_kind: Mapping[str, int] = field(default_factory=dict)
     expected_flops: int = 0
+    state_bytes: int = 0
     _places: Sequence[tuple[str, _Tally]] = field(default=(), repr=False)
     _stored: Sequence[tuple[str, _Tally]] = field(default=(), repr=False)
 
@@ -73,6 +74,7 @@ class Cost:
             "flops": self.flops,
             **({"expected_flops": self.expected_flops} if self.expected_flops < self.flops else {}),
             "bytes_moved": self.bytes_moved,
+            **({"state_bytes": self.state_bytes} if self.state_bytes else {}),
             "by_kind": dict(self.by_kind),
         }
 
@@ -84,7 +86,9 @@ class _Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
     coded: Counter[str] = field(default_factory=Counter)
-    idle: dict[str, int] = field(default_factory=dict)  # by the call's first weight: shared once
+    # By the first weight a call reads, which others may share:
+    codes: dict[str, int] = field(default_factory=dict)
+    idle: dict[str, int] = field(default_factory=dict)
     bytes_moved: int = 0
 
 
@@ -108,12 +112,11 @@ def program_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Co
     average = _Path(program, tallies, dearest=False)
     average.walk(MAIN, None, 1.0)
     parameters = sum(program.tensors[name].numel() for name in program.parameters)
-    parameters += sum(tally.coded.total() for _, tally in stored)
-    idle = {
-        program.instances[place].weights[slot] if place else slot: count
-        for place, tally in stored
-        for slot, count in tally.idle.items()
-    }
+    codes, idle = dict[str, int](), dict[str, int]()
+    for place, tally in stored:
+        codes |= _by_name(program, place, tally.codes)
+        idle |= _by_name(program, place, tally.idle)
+    parameters += sum(codes.values())
     return Cost(
         parameters=parameters,
         activated_parameters=parameters - sum(idle.values()),
@@ -122,8 +125,18 @@ def program_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Co
         bytes_moved=sum(tally.bytes_moved for _, tally in path.places),
         by_kind=dict(sorted(kinds.items())),
         expected_flops=round(average.flops),
+        state_bytes=_state_bytes(program, size),
         _places=[(place or "", tally) for place, tally in path.places],
         _stored=[(place or "", tally) for place, tally in stored],
+    )
+
+
+def _state_bytes(program: Program, size: Callable[[Size], int]) -> int:
+    kept = {slot.input for slot in program.state}
+    return sum(
+        _bytes(node, size)
+        for node in program.main.nodes
+        if node.op == "placeholder" and node.name in kept
     )
 
 
@@ -159,9 +172,15 @@ class _Path:
         return flops
 
 
-def coded_weights(program: Program, graph: fx.Graph) -> int:
-    """Count the weights that a graph of a program stores as codes, its branches apart."""
-    return _tally(graph, concrete(program, None)).coded.total()
+def coded_weights(program: Program, graph: fx.Graph, instance: str | None) -> dict[str, int]:
+    """Count the weights that a graph stores as codes, its branches apart, by the codes' name."""
+    tally = _tally(graph, concrete(program, None))
+    return _by_name(program, instance, tally.codes)
+
+
+def _by_name(program: Program, instance: str | None, counts: Mapping[str, int]) -> dict[str, int]:
+    names = program.instances[instance].weights if instance else {}
+    return {names.get(slot, slot): count for slot, count in counts.items()}
 
 
 def share_of(program: Program, choice: fx.Node, instance: str | None = None) -> float | None:
@@ -203,9 +222,12 @@ def _tally(graph: fx.Graph, size: Callable[[Size], int]) -> _Tally:
         tally.bytes_moved += sum(_bytes(n, size) for n in (node, *tensor_arguments(node)))
         structural = OPS.get(str(node.target))
         if structural is not None:
-            tally.coded[local_path(node)] += structural.weights(shapes, output)
+            first = [str(slot.target) for slot in weights_read(node)[:1]]
+            count = structural.weights(shapes, output)
+            tally.coded[local_path(node)] += count
+            tally.codes |= dict.fromkeys(first, count) if count else {}
         if structural is not None and structural.idle is not None:
-            tally.idle.update(dict.fromkeys(_stored(node)[:1], structural.idle(shapes)))
+            tally.idle.update(dict.fromkeys(first, structural.idle(shapes)))
     return tally
 
 
@@ -215,11 +237,14 @@ def node_flops(node: fx.Node, shapes: Sequence[Shape], output: Shape) -> Mapping
     Args:
         node: The node.
         shapes: Shapes of its tensor arguments, in order.
-        output: Shape of its result.
+        output: Shape of its result, the first of several.
     """
     structural = OPS.get(str(node.target))
     if structural is not None:
-        return structural.flops(list(shapes), output)
+        names = [argument.name for argument in structural.overload._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        sizes = {name: given[name] for name in structural.sizes}
+        return structural.flops(list(shapes), output, **sizes)
     packet = getattr(node.target, "overloadpacket", None)
     size = math.prod(output)
     if packet in (aten.linear, aten.mm):
@@ -239,6 +264,8 @@ def node_flops(node: fx.Node, shapes: Sequence[Shape], output: Shape) -> Mapping
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node only looks at memory in another way, or picks from a tuple."""
+    if str(node.target) in OPS:
+        return False
     if not isinstance(node.meta.get("val"), Tensor):
         return True
     schema = getattr(node.target, "_schema", None)
@@ -247,9 +274,16 @@ def is_view(node: fx.Node) -> bool:
     return any(result.alias_info is not None for result in schema.returns)
 
 
-def _stored(node: fx.Node) -> list[str]:
-    """Return the slots of the weights that a call reads."""
-    return [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+def weights_read(node: fx.Node) -> list[fx.Node]:
+    """Return the weights that a call reads, those that it reads through codes as codes."""
+    found: list[fx.Node] = []
+    for source in node.all_input_nodes:
+        structural = OPS.get(str(source.target))
+        if source.op == "get_attr":
+            found.append(source)
+        elif structural is not None and not structural.values:
+            found += weights_read(source)
+    return found
 
 
 def _product_kind(node: fx.Node) -> str:
@@ -264,10 +298,15 @@ def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     return [n for n in found if isinstance(n.meta.get("val"), Tensor)]
 
 
+def results(value: Any) -> tuple[Tensor, ...]:
+    """Return what an op gives as a tuple: several tensors, or the one there is."""
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
 def _shape(node: fx.Node, size: Callable[[Size], int]) -> Shape:
-    return tuple(size(s) for s in node.meta["val"].shape)
+    return tuple(size(s) for s in results(node.meta["val"])[0].shape)
 
 
 def _bytes(node: fx.Node, size: Callable[[Size], int]) -> int:
-    value: torch.Tensor = node.meta["val"]
-    return math.prod(_shape(node, size)) * value.element_size()
+    tensors = results(node.meta["val"])
+    return sum(math.prod(map(size, t.shape)) * t.element_size() for t in tensors)

@@ -17,16 +17,36 @@ class OnlyWhen(nn.Module):
 
     Args:
         region: What is computed, or not.
-        condition: Takes the region's inputs, returns one true or false.
-        otherwise: Takes the region's inputs, returns its outputs.
+        condition: Takes the region's inputs, returns one true or false; and behind it, in a tuple,
+            values for the other modules, which take them behind the region's inputs.
+        otherwise: Takes those, returns the region's outputs.
+        afterwards: Where the region is computed, takes those and what the region gives, and returns
+            the region's outputs; None leaves them as they are.
     """
 
-    def __init__(self, region: Region, condition: nn.Module, otherwise: nn.Module) -> None:
+    def __init__(
+        self,
+        region: Region,
+        condition: nn.Module,
+        otherwise: nn.Module,
+        afterwards: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.region, self.condition, self.otherwise = region, condition, otherwise
+        self.afterwards = afterwards
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """The modules that are traced."""
+        last = () if self.afterwards is None else (self.afterwards,)
+        return self.condition, self.otherwise, *last
 
     def forward(self, *inputs: Any) -> Any:
-        if not bool(self.condition(*inputs)):
-            return self.otherwise(*inputs)
+        found = self.condition(*inputs)
+        holds, *values = found if isinstance(found, tuple) else (found,)
+        if not bool(holds):
+            return self.otherwise(*inputs, *values)
         results = tuple(self.region.replay(inputs))
+        if self.afterwards is not None:
+            return self.afterwards(*inputs, *values, *results)
         return results if len(results) > 1 else results[0]

@@ -63,14 +63,18 @@ class StateSlot:
     """A value that lives from call to call, threaded through the graph.
 
     Attributes:
-        name: Tensor of that name holds the initial value.
+        name: Tensor of that name holds the initial value, or the one all of its elements have.
         input: Placeholder that receives the current value.
         output: Index of the next value among the main graph's outputs.
+        faults: What the next value says went wrong, counted from 1; 0 says that all is well.
+        warning: What to say when the next value is not 0.
     """
 
     name: str
     input: str
     output: int
+    faults: tuple[str, ...] = ()
+    warning: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,20 +198,37 @@ class Program:
             inputs: The caller's tensors, in the order of `signature.inputs`.
             state: Current value by slot name; initial values when left out.
         """
-        current = self.tensors if state is None else state
+        current = self.initial_state() if state is None else state
         values = {slot.input: current[slot.name] for slot in self.state}
         given = iter(inputs)
         places = (node.name for node in argument_positions(self.main))
         return [values[name] if name in values else next(given) for name in places]
 
+    def initial_state(self) -> dict[str, Tensor]:
+        """Return what every slot holds at first, by its name, in memory of its own."""
+        places = {node.name: node.meta["val"] for node in argument_positions(self.main)}
+        first = {s.name: self.tensors[s.name].expand(places[s.input].shape) for s in self.state}
+        laid_out = torch.contiguous_format
+        return {name: value.clone(memory_format=laid_out) for name, value in first.items()}
+
     def completed(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return inputs that may have been made before the program got its last arguments.
 
-        Arguments that passes have added are 0: the first step, the first position.
+        Arguments that passes have added are 0: the first step, the first position. State that they
+        have added is what it is at first.
         """
-        places = list(argument_positions(self.main))
-        missing = [node.meta["val"] for node in places[len(inputs) :]]
-        added = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in missing]
+        missing = list(argument_positions(self.main))[len(inputs) :]
+        if not missing:
+            return [*inputs]
+        initial = self.initial_state()
+        known = {slot.input: initial[slot.name] for slot in self.state}
+        values = {node.name: node.meta["val"] for node in missing}
+        added = (
+            known[name]
+            if name in known
+            else torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            for name, value in values.items()
+        )
         return [*inputs, *added]
 
     def nodes(self) -> int:

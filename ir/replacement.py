@@ -20,7 +20,7 @@ class Replacement:
 
     Attributes:
         region: What is replaced.
-        parts: The modules that are traced: the one that replaces it; or condition and alternative.
+        parts: The modules that are traced: the one that replaces it, or those of an `OnlyWhen`.
         weights: Their parameters and buffers by name, part by part.
         key: How they are built, weight values left out; equal keys trace equally.
     """
@@ -34,7 +34,7 @@ class Replacement:
     def of(cls, region: Region, module: nn.Module) -> Self:
         """Look a module over, once."""
         choosing = isinstance(module, OnlyWhen)
-        parts = (module.condition, module.otherwise) if isinstance(module, OnlyWhen) else (module,)
+        parts = module.parts if isinstance(module, OnlyWhen) else (module,)
         found = [blueprint(part) for part in parts]
         return cls(region, parts, tuple(w for w, _ in found), (choosing, *(k for _, k in found)))
 

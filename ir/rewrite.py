@@ -7,7 +7,7 @@ about what stands where no longer share a graph: the class splits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, count
@@ -173,6 +173,7 @@ def _rewrite_class(
 def _finish(program: Program, change: _Change) -> Program:
     """Assemble the new program and drop tensors that only replaced regions read."""
     _bypass_idle(program, change)
+    _forget_unread(program, change)
     graphs, instances = change.graphs, change.instances
     order = [str(n.target) for n in executed(graphs, MAIN) if n.op == "call_module"]
     roots = {MAIN, *(instances[name].block for name in order)}
@@ -197,14 +198,18 @@ def _bypass_idle(program: Program, change: _Change) -> None:
     """Take calls of instances that compute nothing any more out of main."""
     idle = {key for key, graph in change.graphs.items() if key != MAIN and _is_idle(graph)}
     names = {name for name, instance in change.instances.items() if instance.block in idle}
-    if not names:
-        return
+    for graph in _callers(program, change, names):
+        _bypass(graph, {name: change.graphs[change.instances[name].block] for name in names})
+
+
+def _callers(program: Program, change: _Change, names: Collection[str]) -> Iterator[fx.Graph]:
+    """Yield the graphs that call some instances, each a copy that may be edited."""
     for key, graph in list(change.graphs.items()):
         if not any(node.op == "call_module" and str(node.target) in names for node in graph.nodes):
             continue
         if graph is program.graphs.get(key):
             graph = change.graphs[key] = copy_graph(graph)
-        _bypass(graph, {name: change.graphs[change.instances[name].block] for name in names})
+        yield graph
 
 
 def _bypass(graph: fx.Graph, idle: Mapping[str, fx.Graph]) -> None:
@@ -218,6 +223,35 @@ def _bypass(graph: fx.Graph, idle: Mapping[str, fx.Graph]) -> None:
             graph.erase_node(pick)
         graph.erase_node(call)
     remove_dead(graph)
+
+
+def _forget_unread(program: Program, change: _Change) -> None:
+    """Take away the arguments that blocks have read so far and do not read any more."""
+    unread: dict[str, list[int]] = {}
+    for name, instance in change.instances.items():
+        old, new = program.graphs[program.instances[name].block], change.graphs[instance.block]
+        if new is not old and instance.block not in unread:
+            pairs = list(zip(_places(old), _places(new), strict=True))
+            unread[instance.block] = [
+                i for i, (before, after) in enumerate(pairs) if before.users and not after.users
+            ]
+            for index in unread[instance.block]:
+                new.erase_node(pairs[index][1])
+    gone = {
+        name: found
+        for name, instance in change.instances.items()
+        if (found := unread.get(instance.block))
+    }
+    for graph in _callers(program, change, gone):
+        for call in graph.nodes:
+            if call.op == "call_module" and str(call.target) in gone:
+                dropped = gone[str(call.target)]
+                call.args = tuple(a for i, a in enumerate(call.args) if i not in dropped)
+        remove_dead(graph)
+
+
+def _places(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _is_idle(graph: fx.Graph) -> bool:

@@ -23,6 +23,7 @@ from .literals import decode, encode
 from .program import MAIN, Instance, Program, StateSlot
 from .propagate import Values, describe_symbols, describe_value
 from .signature_json import signature_from_json, signature_to_json
+from .state import complaint as state_complaint
 from .targets import resolve, target_name
 
 _PASS_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -47,7 +48,7 @@ def to_json(program: Program) -> dict[str, Any]:
         "tensors": [[name, *_tensor_type(tensor)] for name, tensor in program.tensors.items()],
         "aliases": dict(program.aliases),
         "parameters": sorted(program.parameters),
-        "state": [[slot.name, slot.input, slot.output] for slot in program.state],
+        "state": [_slot_to_json(slot) for slot in program.state],
         "notes": list(program.notes),
     }
 
@@ -74,12 +75,15 @@ def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Program
             },
             aliases={check_name(name): str(target) for name, target in data["aliases"].items()},
             parameters=frozenset(data["parameters"]),
-            state=tuple(StateSlot(*slot) for slot in data["state"]),
+            state=tuple(_slot_from_json(*slot) for slot in data["state"]),
             notes=tuple(map(str, data["notes"])),
         )
         _check_references(program)
         inputs = {n["name"]: n["value"] for n in data["graphs"][0]["nodes"] if "value" in n}
         Values(data["symbols"]).fill(program, inputs)
+        broken = state_complaint(program)
+        if broken is not None:
+            raise ArtefactError(f"the graph is malformed: {broken}.")
     except BlockwrightError:
         raise
     except Exception as error:  # a file may be malformed in any way
@@ -103,6 +107,18 @@ def check_name(name: str) -> str:
             remedy="use printable names without quotes and backslashes, parts joined by dots.",
         )
     return name
+
+
+def _slot_to_json(slot: StateSlot) -> list[Any]:
+    """Return a slot as data; what it may tell of is left out where it tells of nothing."""
+    told = [list(slot.faults), slot.warning] if slot.faults or slot.warning else []
+    return [slot.name, slot.input, slot.output, *told]
+
+
+def _slot_from_json(
+    name: str, place: str, output: int, faults: Iterable[str] = (), warning: str = ""
+) -> StateSlot:
+    return StateSlot(name, str(place), int(output), tuple(map(str, faults)), str(warning))
 
 
 def _graph_to_json(name: str, graph: fx.Graph) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def describe(value: object) -> object:
     if isinstance(value, Tensor):
         shape = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in value.shape)
         return (shape, value.dtype, value.device.type)
+    if isinstance(value, torch.SymInt) and value.node.expr.is_Integer:
+        return int(value.node.expr)  # no longer dynamic
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return (type(value).__name__, value.node.expr)
     if isinstance(value, tuple | list):

@@ -154,24 +154,31 @@ class _Insertion:
         """Insert the parts at the insertion point of a graph; return the region's outputs."""
         if len(self.replacement.parts) == 1:
             return self._part(0, graph, key, inputs)
-        (predicate,) = self._part(0, graph, key, inputs)
+        predicate, *values = self._part(0, graph, key, inputs)
         keys = free_keys(key, self.done.graphs)
         region = self.replacement.region
         for branch in keys:
             self.done.graphs[branch] = fx.Graph()
         kept, other = (self.done.graphs[branch] for branch in keys)
-        env, operands = begin(kept, region.inputs, inputs)
-        kept.output(tuple(_moved(kept, region, env)))
-        env, _ = begin(other, region.inputs, inputs)
-        results = self._part(1, other, keys[1], [env[node] for node in region.inputs])
-        _check_outputs(region, results, self.splicer.by)
-        other.output(tuple(results))
-        remove_dead(other)
+        places, given = (*region.inputs, *values), (*inputs, *values)
+        env, operands = begin(kept, places, given)
+        moved = [env[node] for node in places] + _moved(kept, region, env)
+        afterwards = self.replacement.parts[2:]
+        results = self._part(2, kept, keys[0], moved) if afterwards else moved[len(places) :]
+        self._end(kept, results)
+        env, _ = begin(other, places, given)
+        self._end(other, self._part(1, other, keys[1], [env[node] for node in places]))
         operands = without_unread((kept, other), operands)
-        values = [node.meta["val"] for node in region.outputs]
-        choice = choose(graph, predicate, keys, operands, values)
+        recorded = [node.meta["val"] for node in region.outputs]
+        choice = choose(graph, predicate, keys, operands, recorded)
         choice.meta |= self.meta
-        return [self._pick(graph, choice, index) for index in range(len(values))]
+        return [self._pick(graph, choice, index) for index in range(len(recorded))]
+
+    def _end(self, branch: fx.Graph, results: Sequence[fx.Node]) -> None:
+        """Let a branch return what its region gave."""
+        _check_outputs(self.replacement.region, results, self.splicer.by)
+        branch.output(tuple(results))
+        remove_dead(branch)
 
     def _part(
         self, part: int, graph: fx.Graph, key: str, inputs: Sequence[fx.Node]

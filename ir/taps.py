@@ -88,7 +88,7 @@ def _chosen(predicate: Tensor, yes: nn.Module, no: nn.Module, operands: Sequence
 def _node(program: Program, at: dict[tuple[str | None, fx.Node], fx.Node], place: Place) -> fx.Node:
     found = made_at(program, place)
     node = at.get(found)
-    if node is not None and not _is_always_computed(program, found):
+    if node is not None and not is_always_computed(program, found):
         raise OptionError(
             f"the value {place.node.name!r} is computed on some calls only.",
             where=place.instance or "a branch of the main graph",
@@ -103,7 +103,7 @@ def _node(program: Program, at: dict[tuple[str | None, fx.Node], fx.Node], place
     return node
 
 
-def _is_always_computed(program: Program, place: Place) -> bool:
+def is_always_computed(program: Program, place: Place) -> bool:
     """Whether a value lies in no branch."""
     if place.instance is None:
         return place.node.graph is program.main

@@ -23,6 +23,7 @@ from .graphs import output_nodes, place_of, remembered
 from .program import MAIN, Program
 from .regions import local_path
 from .shapes import describe, fake_mode
+from .state import complaint as state_complaint
 
 _LITERALS = (
     int, float, bool, str, complex, type(None),
@@ -171,6 +172,9 @@ def _check_signature(program: Program, by: str) -> None:
     found = len(output_nodes(program.main))
     if found != count + len(program.state):
         raise VerifyError(f"{by} changed the number of outputs from {count} to {found}.")
+    broken = state_complaint(program)
+    if broken is not None:
+        raise VerifyError(f"{by} left broken state: {broken}.")
 
 
 def _check_calls(program: Program, by: str) -> None:

@@ -45,6 +45,19 @@ class FoldedLinear(nn.Module):
         return F.linear(x, self.folded, self.bias)
 
 
+class FoldedWeight(nn.Module):
+    """A weight that codes stand for, computed once."""
+
+    folded: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("folded", weight)
+
+    def forward(self) -> Tensor:
+        return self.folded
+
+
 class Bf16Int8Linear(nn.Module):
     """Eight-bit symmetric codes, one scale per output; activations, scale and sum round to bf16.
 

@@ -1,11 +1,11 @@
 """What a pass is: decide, then cut.
 
-    measure -> plan -> rewrite -> recover -> certify
+    measure -> plan -> rewrite -> calibrate -> recover -> certify
 
 A method fills in `decide` (which regions, how) and `replace` (what stands there instead); a method
 with a global budget or a need of calibration overrides `plan`, one that calibrates `measure`, one
-that trains `recovery`. The framework finds regions, traces, splices, trains, verifies, and writes
-receipt and certificate.
+whose new weights follow from calibration in closed form `calibrate`, one that trains `recovery`.
+The framework finds regions, traces, splices, trains, verifies, and writes receipt and certificate.
 
 What a pass needs of the graph, ends and establishes are *facts*, a closed vocabulary in `ir.facts`:
 weights are dense, each idea is one op, calibration is still valid, feed-forward networks are plain
@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -33,11 +32,11 @@ from ..ir.plain import plain
 from ..ir.program import Program
 from ..ir.regions import Region, regions
 from .plan import Plan, Skip
+from .shared.calibration import Calibration, Judged, count_of, judged
 from .shared.recovery import Stage
 
 R = TypeVar("R", bound=Region)
 D = TypeVar("D")
-Calibration = Iterable[Sequence[Tensor]]  # flat inputs of `main`, as often as one asks
 
 __all__ = ["Calibration", "Evidence", "Judged", "Pass", "Plan", "Promise", "Skip", "count_of",
            "judged", "require_choice", "selected"]  # fmt: skip
@@ -64,34 +63,6 @@ class Evidence:
 
     samples: int
     regions: Mapping[str, Any]
-
-
-@runtime_checkable
-class Judged(Protocol):
-    """Calibration inputs with what the model should make of them."""
-
-    def __iter__(self) -> Iterator[Sequence[Tensor]]:
-        """Yield flat inputs of `main`."""
-
-    def pairs(self) -> Iterator[tuple[Sequence[Tensor], Any]]:
-        """Yield flat inputs and their target."""
-
-    def loss(self, outputs: Sequence[Tensor], target: Any) -> Tensor:
-        """Return the loss of each sample, [batch], of the program's flat outputs."""
-
-
-def judged(calibration: Calibration, by: str) -> Judged:
-    """Return calibration inputs that come with targets and a loss.
-
-    Raises:
-        OptionError: They do not.
-    """
-    if isinstance(calibration, Judged):
-        return calibration
-    raise OptionError(
-        f"{by} judges by the loss of a task, and there is none.",
-        remedy="pass loss=... and give the calibration as pairs (inputs, target).",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +107,15 @@ class Pass(ABC, Generic[R, D]):
         """
         return None
 
+    def promised(self) -> Promise:
+        """Return what the pass claims with these options: `promise`, or less."""
+        return self.promise
+
+    def calibrates(self) -> bool:
+        """Say whether anything the pass does with these options depends on calibration."""
+        hooks = ("measure", "calibrate", "recovery")
+        return any(getattr(type(self), hook) is not getattr(Pass, hook) for hook in hooks)
+
     def ends(self) -> frozenset[Fact]:
         """Return the facts that no longer hold anywhere after this pass."""
         return frozenset()
@@ -155,6 +135,22 @@ class Pass(ABC, Generic[R, D]):
             What `plan` is given; None when the method needs no calibration.
         """
         return None
+
+    def calibrate(
+        self, old: Program, new: Program, plan: Plan[D], calibration: Calibration
+    ) -> Mapping[str, Tensor]:
+        """Return weights of the new program that follow from calibration in closed form.
+
+        Args:
+            old: The program the plan was made for.
+            new: What the rewrite made of it.
+            plan: What was carried out.
+            calibration: As in `measure`.
+
+        Returns:
+            Tensors by their name in the new program, of the shapes and types they have there.
+        """
+        return {}
 
     def recovery(self, old: Program, new: Program, plan: Plan[D]) -> Sequence[Stage]:
         """Say which weights of the new program are trained, one stage after the other.
@@ -180,6 +176,18 @@ class Pass(ABC, Generic[R, D]):
     def part(self, plan: Plan[D], number: int) -> Plan[D]:
         """Return the decisions of a plan that are carried out in a round, counted from 0."""
         return plan
+
+    def check(self, old: Program, new: Program, inputs: Sequence[Tensor]) -> None:
+        """Check what equal outputs of one call do not show, as of calls that follow each other.
+
+        Args:
+            old: The program before the pass.
+            new: The program after it.
+            inputs: Flat inputs of `old`.
+
+        Raises:
+            VerifyError: The new program is not what the pass promises.
+        """
 
     def predict(self, region: R, decision: D) -> Mapping[str, int]:
         """Say what a decision will change, before it is carried out.
@@ -246,12 +254,6 @@ class Pass(ABC, Generic[R, D]):
         """Render as in a recipe: `drop-blocks{keep_ratio=0.75}`."""
         options = ", ".join(f"{name}={_text(value)}" for name, value in self.options().items())
         return f"{self.name}{{{options}}}" if options else self.name
-
-
-def count_of(calibration: Calibration) -> int:
-    """Return how many input sets there are, read through only where they do not tell."""
-    told = operator.length_hint(calibration, -1)
-    return sum(1 for _ in calibration) if told < 0 else told
 
 
 def selected(label: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

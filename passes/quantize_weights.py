@@ -3,54 +3,66 @@
     codes = round(w / s)      s = max|w| / 127  or  / 7, per output channel and group of inputs
 
 Weight-only, the layer multiplies by the dequantized weight. With `activations="int8"` it also
-quantizes its input, one scale per token, and multiplies integers.
+quantizes its input, one scale per token, and multiplies integers. Matrices of experts are codes
+that become floats expert by expert; routers stay as they are.
+
+    rtn     round(w / s)                              gptq    errors make up for each other
+    awq     x / t, round(t * w / s), t large where inputs are
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..ir.errors import OptionError
 from ..ir.facts import Fact
 from ..ir.ops import int8_linear, packing
-from ..ir.ops.quantized_linear import weight_of
-from ..ir.recognize import Embedding, Linear
-from .base import Pass, Promise, Skip, require_choice, selected
+from ..ir.program import Program
+from ..ir.recognize import Embedding, Linear, StackedWeight
+from .base import (
+    Calibration,
+    Evidence,
+    Pass,
+    Plan,
+    Promise,
+    Skip,
+    count_of,
+    require_choice,
+    selected,
+)
+from .shared.awq import folds_into
+from .shared.bits import (
+    FORMS,
+    Measured,
+    coded,
+    needs_sensitivity,
+    sensitivities,
+    within_budget,
+)
+from .shared.calibrated import awq_weights, gptq_codes, together
+from .shared.coded import (
+    Int8Linear,
+    QuantizedEmbedding,
+    QuantizedExperts,
+    QuantizedLinear,
+    experts_bound,
+    int8_bound,
+    weight_only_bound,
+)
+from .shared.codes import Codes, quantize, quantize_experts, quantize_rows
+from .shared.moments import input_moments
 
-
-@dataclass(frozen=True)
-class Codes:
-    """How one weight is stored.
-
-    Attributes:
-        bits: Bits per code.
-        group_size: Inputs that share a scale.
-        symmetric: No zero point.
-        activations: `int8`, or None when activations stay in floating point.
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    activations: str | None = None
-
-    def __post_init__(self) -> None:
-        require_choice("quantize-weights", "bits", self.bits, (8, 4))
-        if self.group_size < 1:
-            raise OptionError(
-                f"quantize-weights: group_size={self.group_size} holds no weight; use 1 or more."
-            )
+Weights = Linear | Embedding | StackedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeWeights(Pass[Linear | Embedding, Codes]):
-    """Quantize the weights of linear layers, and of embedding tables when asked.
+class QuantizeWeights(Pass[Weights, Codes]):
+    """Quantize the weights of linear layers and experts, and embedding tables when asked.
 
     Attributes:
         bits: 8 or 4 bits per weight. Embedding tables always take 8.
@@ -58,18 +70,30 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
             group of a layer may be shorter.
         symmetric: Codes around zero; False stores a zero point per group.
         activations: None leaves activations in floating point; `int8` quantizes them per token at
-            run time and multiplies integers (needs bits=8, symmetric, group_size=None).
+            run time and multiplies integers (needs bits=8, symmetric, group_size=None). Experts
+            stay weight-only.
+        method: How codes are found: `rtn`, each the nearest; `gptq` and `awq`, those of linear
+            layers by what these read on the calibration.
+        damping: With gptq, what is added to the diagonal of second moments, relative to its mean.
+        act_order: With gptq, take the largest inputs first.
+        budget_bits: Bits per weight, scales and zero points included, that all layers and experts
+            take together. Each then has 4 bits in some group size, 8, or stays as it is, by how
+            much it changes the outputs on the first calibration sets; `bits` and `group_size` are
+            left out.
         embeddings: Also quantize embedding tables, to 8 bits with one scale per row.
         include: Glob patterns of module paths to quantize.
         exclude: Glob patterns of module paths to leave alone.
 
     Raises:
-        OptionError: An option is out of range, or `activations` does not go with the others.
+        OptionError: An option is out of range or does not go with the others, or there is no
+            calibration to go by.
 
     Source: Jacob et al., 2018, arXiv:1712.05877 (integer arithmetic); per-token scales as in
-        ZeroQuant, Yao et al., 2022, arXiv:2206.01861.
-    Differs: round to nearest without calibration. With `activations="int8"` weights use 7 of 8
-        bits, which no x86 instruction set can overflow.
+        ZeroQuant, Yao et al., 2022, arXiv:2206.01861; GPTQ, Frantar et al., 2023,
+        arXiv:2210.17323; AWQ, Lin et al., 2024, arXiv:2306.00978.
+    Differs: with `activations="int8"` weights use 7 of 8 bits, which no x86 instruction set can
+        overflow. Inputs are gathered once, of the model as it was, and a layer keeps the nearest
+        codes where GPTQ finds no better ones.
     Exact when: every weight is a multiple of its scale within the code range (weight-only).
     """
 
@@ -84,6 +108,10 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
     group_size: int | None = None
     symmetric: bool = True
     activations: str | None = None
+    method: str = "rtn"
+    damping: float = 0.01
+    act_order: bool = True
+    budget_bits: float | None = None
     embeddings: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -100,12 +128,36 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
             raise OptionError(
                 "quantize-weights: activations=int8 needs bits=8, symmetric=true and no group_size."
             )
+        require_choice(self.name, "method", self.method, ("rtn", "gptq", "awq"))
+        if self.activations == "int8" and (self.method != "rtn" or self.budget_bits is not None):
+            raise OptionError("quantize-weights: activations=int8 needs method=rtn and no budget.")
+        if not 0 < self.damping < math.inf:
+            raise OptionError(
+                f"quantize-weights: damping={self.damping} is out of range; use a positive number."
+            )
+        if self.budget_bits is not None:
+            self._check_budget(self.budget_bits)
+
+    def _check_budget(self, bits: float) -> None:
+        if not 4 < bits < math.inf:
+            raise OptionError(
+                f"quantize-weights: budget_bits={bits} is out of range; use more than 4: codes"
+                " take 4 at least, and scales some more."
+            )
+        if (self.bits, self.group_size) != (8, None):
+            raise OptionError("quantize-weights: budget_bits chooses bits and group_size itself.")
+
+    def promised(self) -> Promise:
+        return self.promise if self.method == "rtn" else Promise.APPROXIMATE
+
+    def calibrates(self) -> bool:
+        return self.method != "rtn" or self.budget_bits is not None
 
     def ends(self) -> frozenset[Fact]:
         everywhere = self.include == ("*",) and not self.exclude
         return frozenset({Fact.DENSE_WEIGHTS}) if everywhere else frozenset()
 
-    def decide(self, region: Linear | Embedding) -> Codes | Skip:
+    def decide(self, region: Weights) -> Codes | Skip:
         if not selected(region.label, self.include, self.exclude):
             return Skip("is excluded by pattern", at=region)
         if isinstance(region, Embedding) and not self.embeddings:
@@ -118,35 +170,106 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
             return Skip(f"has {region.weight.dtype} weights", at=region)
         if not region.weight.numel():
             return Skip("has no weights", at=region)
-        features = region.weight.shape[1]
+        features = region.weight.shape[-1]
         if isinstance(region, Embedding):
             return Codes(8, features, True)
-        group_size = min(self.group_size or features, features)
-        return Codes(self.bits, group_size, self.symmetric, self.activations)
+        activations = self.activations if isinstance(region, Linear) else None
+        codes = coded(region.weight, self.bits, self.group_size, self.symmetric)
+        return replace(codes, activations=activations)
 
-    def replace(self, region: Linear | Embedding, codes: Codes) -> nn.Module:
+    def measure(self, program: Program, calibration: Calibration) -> Evidence | None:
+        able = super().plan(program).decisions
+        if self.budget_bits is None or not able:
+            return None
+        bits, group_size = FORMS[0]
+        coarse = [
+            (region, self.replace(region, coded(region.weight, bits, group_size, self.symmetric)))
+            for region in self.regions(program)
+            if region.label in able and not isinstance(region, Embedding)
+        ]
+        return Evidence(count_of(calibration), sensitivities(program, coarse, calibration))
+
+    def plan(self, program: Program, evidence: Evidence | None = None) -> Plan[Codes]:
+        plan = super().plan(program)
+        if self.budget_bits is not None and plan.decisions:
+            plan = self._within_budget(program, plan, evidence)
+        if self.method == "awq":
+            plan = Plan({**plan.decisions, **self._smoothed(program, plan)}, plan.skips)
+        return plan
+
+    def _within_budget(
+        self, program: Program, plan: Plan[Codes], evidence: Evidence | None
+    ) -> Plan[Codes]:
+        """Give every weight the form in which all together change the outputs least."""
+        if evidence is None or self.budget_bits is None:
+            raise needs_sensitivity()
+        found = evidence.regions
+        measured = {
+            region.label: Measured(region.weight, found[region.label], _scale_bytes(region))
+            for region in self.regions(program)
+            if region.label in found
+        }
+        chosen = within_budget(measured, self.budget_bits, self.symmetric)
+        decided = {label: chosen.get(label, codes) for label, codes in plan.decisions.items()}
+        kept = {label: codes for label, codes in decided.items() if codes is not None}
+        floats = dict.fromkeys(
+            (n for n in decided if n not in kept), "stays as it is, which the budget allows"
+        )
+        return Plan(kept, {**plan.skips, **floats})
+
+    def _smoothed(self, program: Program, plan: Plan[Codes]) -> dict[str, Codes]:
+        """Return how layers are stored that say who divides their inputs."""
+        found: dict[str, Codes] = {}
+        for group in together(self._layers(program, plan)):
+            norm = folds_into([layer for layer, _ in group])
+            smoothing = "factor" if norm is None else "norm"
+            found |= {layer.label: replace(codes, smoothing=smoothing) for layer, codes in group}
+        return found
+
+    def _layers(self, program: Program, plan: Plan[Codes]) -> list[tuple[Linear, Codes]]:
+        """Return the linear layers of a plan, and how their weights are stored."""
+        found = [(region, plan.decisions.get(region.label)) for region in self.regions(program)]
+        return [(region, codes) for region, codes in found
+                if isinstance(region, Linear) and codes and not codes.activations]  # fmt: skip
+
+    def replace(self, region: Weights, codes: Codes) -> nn.Module:
         if isinstance(region, Embedding):
             matrix, scale = quantize_rows(region.weight)
             return QuantizedEmbedding(matrix, scale.to(region.weight.dtype))
+        how = (codes.bits, codes.group_size)
+        weight = region.weight
+        if isinstance(region, StackedWeight):
+            stored = quantize_experts(weight, *codes.how)
+            return QuantizedExperts(stored, *how, weight.shape[-1])
         if codes.activations:
             limit = int8_linear.WEIGHT_LIMIT
-            matrix, scale = quantize_rows(region.weight, limit)
+            matrix, scale = quantize_rows(weight, limit)
             return Int8Linear(matrix.t().contiguous(), scale[:, 0].contiguous(), region.bias)
-        return QuantizedLinear(
-            *quantize(region.weight, codes.bits, codes.group_size, codes.symmetric),
-            bias=region.bias,
-            bits=codes.bits,
-            group_size=codes.group_size,
-        )
+        factor = weight.new_ones(weight.shape[1]) if codes.smoothing == "factor" else None
+        return QuantizedLinear(quantize(weight, *codes.how), region.bias, *how, factor)
 
-    def predict(self, region: Linear | Embedding, codes: Codes) -> Mapping[str, int]:
+    def predict(self, region: Weights, codes: Codes) -> Mapping[str, int]:
         weight = region.weight
-        embedding = isinstance(region, Embedding)
-        rows, columns = weight.shape
-        new = stored_bytes(rows, columns, codes, weight.element_size() if embedding else 4)
+        new = codes.size_bytes(weight, _scale_bytes(region))
+        if codes.smoothing == "factor":
+            new += weight.shape[1] * weight.element_size()
         return {"parameters": 0, "weight_bytes": new - weight.numel() * weight.element_size()}
 
-    def bound(self, region: Linear | Embedding, module: nn.Module, x: Tensor) -> Tensor | None:
+    def calibrate(
+        self, old: Program, new: Program, plan: Plan[Codes], calibration: Calibration
+    ) -> Mapping[str, Tensor]:
+        layers = self._layers(old, plan) if self.method != "rtn" else []
+        if not layers:
+            return {}
+        moments = input_moments(old, [layer for layer, _ in layers], calibration)
+        if self.method == "awq":
+            return awq_weights(layers, moments)
+        return gptq_codes(layers, moments, damping=self.damping, act_order=self.act_order)
+
+    def bound(self, region: Weights, module: nn.Module, *inputs: Tensor) -> Tensor | None:
+        if isinstance(module, QuantizedExperts):
+            return experts_bound(module)
+        (x,) = inputs
         if isinstance(module, QuantizedEmbedding):
             return module.scale[x] / 2
         if isinstance(module, Int8Linear):
@@ -155,154 +278,6 @@ class QuantizeWeights(Pass[Linear | Embedding, Codes]):
         return weight_only_bound(module, x)
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer over stored codes."""
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def __init__(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        *,
-        bias: Tensor | None,
-        bits: int,
-        group_size: int,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.bits, self.group_size = bits, group_size
-
-    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Tensor:
-        return torch.ops.blockwright.quantized_linear(
-            x, self.codes, self.scale, self.zero_point, self.bias, self.bits, self.group_size
-        )
-
-    def dequantized(self, in_features: int) -> Float[Tensor, "in_features out_features"]:
-        """Return the weight the codes stand for."""
-        return weight_of(
-            in_features, self.codes, self.scale, self.zero_point, self.bits, self.group_size
-        )
-
-
-class Int8Linear(nn.Module):
-    """A linear layer in integers, activations quantized per token."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Tensor:
-        return torch.ops.blockwright.int8_linear(x, self.codes, self.scale, self.bias)
-
-
-class QuantizedEmbedding(nn.Module):
-    """An embedding table over stored codes."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
-
-    def forward(self, ids: Int[Tensor, "*batch"]) -> Tensor:
-        return torch.ops.blockwright.quantized_embedding(ids, self.codes, self.scale)
-
-
-def stored_bytes(rows: int, columns: int, codes: Codes, scale_bytes: int) -> int:
-    """Return the bytes of a weight [rows, columns] as codes, scales and zero points."""
-    groups = rows * -(-columns // codes.group_size)
-    zeros = 0 if codes.symmetric else groups
-    packed = sum(-(-count * codes.bits // 8) for count in (rows * columns, zeros))
-    return packed + groups * scale_bytes
-
-
-def quantize(
-    weight: Float[Tensor, "out_features in_features"], bits: int, group_size: int, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return stored codes, scale [groups, out_features] and zero points of a weight.
-
-    Codes stand as [in_features, out_features], packed for four bits; see `ir.ops.packing`.
-    """
-    low, high = packing.code_range(bits, symmetric)
-    columns = weight.t().float()
-    groups = -(-columns.shape[0] // group_size)
-    padded = nn.functional.pad(columns, (0, 0, 0, groups * group_size - columns.shape[0]))
-    grouped = padded.reshape(groups, group_size, -1)
-    if symmetric:
-        scale = _positive(grouped.abs().amax(dim=1) / high)
-        zero = torch.zeros_like(scale)
-    else:
-        bottom, top = grouped.amin(dim=1).clamp(max=0), grouped.amax(dim=1).clamp(min=0)
-        scale = _positive(top / high - bottom / high)
-        zero = torch.round(-bottom / scale).clamp(low, high)
-    codes = (torch.round(grouped / scale[:, None]) + zero[:, None]).clamp(low, high)
-    matrix = codes.reshape(groups * group_size, -1)[: columns.shape[0]]
-    return (
-        _store(matrix, bits, symmetric),
-        scale,
-        None if symmetric else _store(zero, bits, symmetric),
-    )
-
-
-def quantize_rows(
-    weight: Float[Tensor, "rows columns"], limit: int = 127
-) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows 1"]]:
-    """Return symmetric int8 codes within +-`limit` and one scale per row."""
-    values = weight.float()
-    # Tables are large: one temporary of their size is enough.
-    largest = torch.linalg.vector_norm(values, ord=float("inf"), dim=1, keepdim=True)
-    scale = _positive(largest / limit)
-    codes = (values / scale).round_().clamp_(-limit, limit)
-    return codes.to(torch.int8), scale
-
-
-def weight_only_bound(
-    module: QuantizedLinear, x: Float[Tensor, "*batch in_features"]
-) -> Float[Tensor, "*batch out_features"]:
-    """Sum over groups of (scale / 2) * |x|: how far rounding every weight can move an output.
-
-    A zero point is rounded too, which can move a weight by as much again.
-    """
-    groups, size = module.scale.shape[0], module.group_size
-    padded = nn.functional.pad(x.abs(), (0, groups * size - x.shape[-1]))
-    mass = padded.unflatten(-1, (groups, size)).sum(dim=-1)
-    step = module.scale.to(x.dtype) * (0.5 if module.zero_point is None else 1.0)
-    return mass @ step
-
-
-def int8_bound(
-    codes: Tensor, scale: Tensor, x: Float[Tensor, "*batch in_features"]
-) -> Float[Tensor, "*batch out_features"]:
-    """Add up how far rounding weights and inputs can move an output.
-
-    Rounding the weight moves it by at most `scale / 2 * sum|x|`, rounding the input by at most
-    `step / 2 * sum|weight|`.
-    """
-    step, _ = int8_linear.quantize_rows(x)
-    column = codes.abs().sum(dim=0).to(x.dtype) * scale
-    return scale / 2 * x.abs().sum(dim=-1, keepdim=True) + step / 2 * column
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """A group of zeros (or of numbers too small to divide) takes scale 1 and codes 0."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _store(codes: Tensor, bits: int, symmetric: bool) -> Tensor:
-    if bits == 4:
-        return packing.pack_nibbles(codes.to(torch.int16))
-    return codes.to(packing.code_dtype(symmetric)).contiguous()
+def _scale_bytes(region: Weights) -> int:
+    """Return the bytes of a scale; those of linear layers are kept in fp32."""
+    return 4 if isinstance(region, Linear) else region.weight.element_size()

@@ -55,7 +55,7 @@ def make_subject(
     refused: tuple[Mapping[str, Any], ...] = (),
 ) -> Subject:
     """Return a pass with what is said of it; an exact pass is its own exact setting."""
-    if exact is None and pass_.promise is Promise.EXACT:
+    if exact is None and pass_.promised() is Promise.EXACT:
         exact = pass_
     return Subject(pass_, exact, levels, idempotent, refused)
 

@@ -69,6 +69,9 @@ class _Products(TorchDispatchMode):
             query, key, value = args[:3]
             each = query.shape[-1] + value.shape[-1]
             self.flops += 2 * math.prod(query.shape[:3]) * key.shape[-2] * each
+        elif func is torch.ops.blockwright.hash_linear.default:
+            self.flops += 2 * result.numel() * len(args[1])
+            self.elementwise += 3 * args[0].numel()
         elif func.namespace == "blockwright" and "linear" in func.name():
             self.flops += 2 * result.numel() * args[0].shape[-1]
         elif func is torch.ops.blockwright.moe_ffn.default:

@@ -42,7 +42,7 @@ class ProgramMachine(RuleBasedStateMachine):
             new, _ = run_untrained(program, pass_)
         except OptionError as error:
             return self._refused(start, error)
-        return self._keep(new), exact and pass_.promise is Promise.EXACT
+        return self._keep(new), exact and pass_.promised() is Promise.EXACT
 
     @rule(target=programs, start=programs)
     def save_and_load(self, start: tuple[Program, bool]) -> tuple[Program, bool]:

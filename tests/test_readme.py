@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import blockwright as bw
+from blockwright.models.llama import TOY, Llama
 
 ROOT = Path(bw.__file__).parent
 
@@ -51,5 +52,6 @@ def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     scope: dict[str, Any] = {
         "bw": bw, "model": Encoder().eval(), "example_inputs": inputs,
         "input_ids": inputs[0], "attention_mask": inputs[1], "batches": [inputs],
+        "torch": torch, "decoder": Llama(TOY).eval(), "tokens": ids, "prompt": ids,
     }  # fmt: skip
     exec(snippets()[index], scope)

@@ -19,6 +19,7 @@ from .place import Place
 from .residual import Residual
 from .rotary import Rotary
 from .stack import Stack
+from .stacked import StackedWeight
 from .summand import Summand
 from .summary import BlockClass, block_classes
 
@@ -46,6 +47,7 @@ __all__ = [
     "Residual",
     "Rotary",
     "Stack",
+    "StackedWeight",
     "Stem",
     "Stream",
     "Sublayer",

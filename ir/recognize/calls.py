@@ -20,7 +20,7 @@ _COPIES = {"contiguous", "clone", "to", "_to_copy", "type_as", "alias", "detach"
 _PARTS = {"slice", "select", "narrow"}
 SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 _SHIFTS = {"roll", "pad", "constant_pad_nd"}  # how windows of tokens are cut
-LAYERS = frozenset({"linear", "quantized_linear", "int8_linear"})
+LAYERS = frozenset({"linear", "quantized_linear", "int8_linear", "hash_linear"})
 LAYOUT = frozenset(_RESHAPES | _COPIES | _PARTS | SPLITS | {"getitem"})
 CARRYING = LAYOUT | _SHIFTS
 _OPS: dict[int, tuple[str, tuple[str, ...], Any]] = {}  # by id: ops hash slowly, but stay alive
@@ -64,7 +64,7 @@ def calls_any(node: Any, *targets: object) -> bool:
 
 
 def is_layer(node: fx.Node) -> bool:
-    """Whether a node is a linear layer over stored weights, dense or quantized."""
+    """Whether a node is a layer over stored weights: dense, quantized, or tables read by hash."""
     if op(node) not in LAYERS:
         return False
     weights = [a for a in node.args[1:] if isinstance(a, fx.Node)]

@@ -122,7 +122,7 @@ def blocks_of(stack: Stack) -> Chain | None:
     """Return the chain of a stack's streams; None where a stream ends or is not in main."""
     values: list[Values] = []
     for cut in stack.cuts:
-        found = [None if place is None else _in_main(stack.program, place) for place in cut]
+        found = [None if place is None else in_main(stack.program, place) for place in cut]
         nodes = tuple(node for node in found if node is not None)
         if len(nodes) < len(found):
             return None
@@ -131,7 +131,7 @@ def blocks_of(stack: Stack) -> Chain | None:
     return Chain(tuple(values), "block", stack.program) if len(shapes) == 1 else None
 
 
-def _in_main(program: Program, place: Place) -> fx.Node | None:
+def in_main(program: Program, place: Place) -> fx.Node | None:
     """Return the node of main that holds a value."""
     if place.instance is None:
         return place.node if place.node.graph is program.main else None

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ..graphs import remembered
 from ..program import Program
 from ..regions import Region, find_once, unique_paths
+from ..run import run_nodes
 from .attention import Attention
 from .calls import LAYOUT, arguments, calls_to, is_layer, joint_path, op, peel, readers, shape
 from .flow import Flow, flow_of
@@ -79,13 +80,22 @@ class Experts(Region):
 
     @property
     def slots(self) -> dict[str, fx.Node]:
-        """Slots of the experts' weights: `gate`, `up`, `down` and their biases, if any."""
+        """Where the experts' weights come from: `gate`, `up`, `down` and their biases, if any.
+
+        A slot of the program each, or the op that makes the weight of codes.
+        """
         given = arguments(self.call)
         return {name: given[name] for name in _PARTS if isinstance(given.get(name), fx.Node)}
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no weight of the routed experts is stored as codes."""
+        return all(slot.op == "get_attr" for slot in self.slots.values())
+
     def weights(self) -> dict[str, Tensor]:
         """Return the experts' weights by the names of `slots`, experts along the first axis."""
-        return {name: self.tensor(slot) for name, slot in self.slots.items()}
+        values = run_nodes(self.program, list(self.slots.values()), {}, self.instance)
+        return {name: values[slot] for name, slot in self.slots.items()}
 
     @property
     def layers(self) -> tuple[Layer, ...]:

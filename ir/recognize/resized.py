@@ -27,7 +27,7 @@ def _viewed(axes_of: AxesOf, node: fx.Node, count: Count) -> Call:
         size if labels is None or size == -1 else count(labels)
         for size, labels in zip(sizes, axes[first:], strict=False)
     ]
-    return Call(node.target, (*node.args[:-1], new), node.kwargs)  # type: ignore[arg-type]
+    return Call(node.target, (*node.args[:-1], new), node.kwargs)
 
 
 def _split(axes_of: AxesOf, node: fx.Node, count: Count) -> Call:
@@ -39,7 +39,7 @@ def _split(axes_of: AxesOf, node: fx.Node, count: Count) -> Call:
         size if labels is None else count(labels) for size, labels in zip(old, parts, strict=True)
     ]
     given = new if isinstance(sizes, tuple | list) else new[0]
-    return Call(node.target, (node.args[0], given, *node.args[2:]), node.kwargs)  # type: ignore[arg-type]
+    return Call(node.target, (node.args[0], given, *node.args[2:]), node.kwargs)
 
 
 def _slice(axes_of: AxesOf, node: fx.Node, count: Count) -> Call:
@@ -48,10 +48,10 @@ def _slice(axes_of: AxesOf, node: fx.Node, count: Count) -> Call:
     axes = axes_of.get(source)
     labels = axes[given.get("dim", 0)] if axes else None
     if labels is None:
-        return Call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        return Call(node.target, node.args, node.kwargs)
     bounds = range(len(labels))[given.get("start") : given.get("end")]
     start, stop = (count(labels[:place]) for place in (bounds.start, bounds.stop))
-    return Call(node.target, (node.args[0], given.get("dim", 0), start, stop))  # type: ignore[arg-type]
+    return Call(node.target, (node.args[0], given.get("dim", 0), start, stop))
 
 
 def _grouped(axes_of: AxesOf, node: fx.Node, count: Count) -> Call:
@@ -61,7 +61,7 @@ def _grouped(axes_of: AxesOf, node: fx.Node, count: Count) -> Call:
     if given.get("groups", 1) > 1 and channels is not None:
         given = given | {"groups": count(channels)}
     x = given.pop("input")
-    return Call(node.target, (x,), given)  # type: ignore[arg-type]
+    return Call(node.target, (x,), given)
 
 
 _RESIZED: dict[str, Resize] = {

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import fx
 
-from ..cost import is_view, node_flops, tensor_arguments
+from ..cost import is_view, node_flops, results, tensor_arguments
 from ..ops import OPS
 from ..regions import Region
 from ..shapes import Size
@@ -37,7 +37,7 @@ def node_work(node: fx.Node, size: Callable[[Size], int]) -> tuple[Mapping[str, 
         return {"other": 0}, 0
 
     def shape(n: fx.Node) -> tuple[int, ...]:
-        return tuple(size(s) for s in n.meta["val"].shape)
+        return tuple(size(s) for s in results(n.meta["val"])[0].shape)
 
     shapes = [shape(n) for n in tensor_arguments(node)]
     structural = OPS.get(str(node.target))

@@ -37,7 +37,7 @@ CONFIG = AlgoFormerConfig(
 )  # fmt: skip
 LOOPED = replace(CONFIG, pre=0, post=0, inject="embedded", from_zero=True)
 STANDARD = replace(CONFIG, pre=3, loop=0, post=0, times=0, inject="nothing")
-PLAN = training.Plan(steps=800, batch=32, rate=3e-3, weight_decay=0.01)
+PLAN = training.Plan(steps=3000, batch=64, rate=1e-3, weight_decay=0.01)
 
 Representation = Callable[[Tensor], Tensor]
 

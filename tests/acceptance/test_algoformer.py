@@ -19,7 +19,7 @@ pytestmark = pytest.mark.acceptance
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_loop_beats_as_many_parameters_without_one(acceptance: Acceptance) -> None:
     looped, plain = in_context(CONFIG), in_context(STANDARD)
     assert [*map(torch.numel, looped.parameters())] == [*map(torch.numel, plain.parameters())]
@@ -48,7 +48,7 @@ def test_a_loop_beats_as_many_parameters_without_one(acceptance: Acceptance) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_blocks_around_the_loop_help_where_a_representation_is_to_be_found(
     acceptance: Acceptance,
 ) -> None:
@@ -66,7 +66,7 @@ def test_blocks_around_the_loop_help_where_a_representation_is_to_be_found(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_more_turns_than_trained(acceptance: Acceptance) -> None:
     model = in_context(CONFIG)
     trained, longer = error(model), error(model, times=CONFIG.times + 5)

@@ -93,9 +93,9 @@ def test_trained_experts_improve_with_their_number(acceptance: Acceptance) -> No
     program = bw.capture(toy.model, toy.example_inputs)
     judged = JudgedSets(program, toy.judged(40), toy.task.loss)
     pruned = {
-        shared: run_passes(program, [DenseToMoE(active=0, shared=shared)], calibration=judged,
-                           recover=Recover(steps=2 * STEPS))[0]
-        for shared in (0.25, 0.375)
+        shared: run_passes(program, [DenseToMoE(active=0, shared=shared, experts=experts)],
+                           calibration=judged, recover=Recover(steps=2 * STEPS))[0]
+        for shared, experts in ((0.25, 12), (0.375, 10))
     }  # fmt: skip
     method = DenseToMoE(active=2, scale=1.0)
     new, (step,) = run_passes(program, [method], calibration=judged, recover=Recover(steps=STEPS))

@@ -71,6 +71,28 @@ def test_inductor(chooser: Program) -> None:
     assert_parity(chooser, get_backend("inductor").lower(chooser, {"threads": 1}))
 
 
+class Turned(nn.Module):
+    """Chooses between products with a value that lies in memory in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, flag: Tensor) -> Tensor:
+        turned = self.inner(x).transpose(0, 1).contiguous()
+        y: Tensor = torch.cond(flag, lambda y: 2 * y, lambda y: y / 2, (turned,))
+        return y.transpose(0, 1)
+
+
+@pytest.mark.slow
+def test_inductor_lays_operands_out_as_branches_take_them() -> None:
+    model, x = Turned().eval(), torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    program = capture(model, (x, torch.tensor(True)))
+    lowered = get_backend("inductor").lower(program, {"threads": 1})
+    for flag in (torch.tensor(True), torch.tensor(False)):
+        torch.testing.assert_close(lowered.run([x, flag]), run(program, [x, flag]))
+
+
 def test_onnxruntime(chooser: Program, lowered: OnnxRuntimeLowered) -> None:
     assert_parity(chooser, lowered)
 

@@ -237,7 +237,10 @@ MISTAKES = {
     " every size of seq. Try: limit them: --dynamic seq=0..9.",
     ("inspect", "tiny.py:Tiny", "--input", "ids=i64[2,seq=1]"): "Try: fix seq at 1, or give another"
     " example.",
-    ("passes", "quantize"): "there is no pass 'quantize'. Try: did you mean quantize-weights?",
+    (
+        "passes",
+        "quantize",
+    ): "there is no pass 'quantize'. Try: did you mean quantize-weights or quantize-blockwise?",
     ("compile", "tiny.py:Offers", "-o", "x.bw", "--backend", "egaer"): "there is no backend"
     " 'egaer'.",
     ("compile", "tiny.py:broken", "-o", "x.bw"): "'blocks.1.q.weight' holds 1 NaN",

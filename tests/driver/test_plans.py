@@ -21,7 +21,7 @@ from blockwright.ir.recognize import Linear
 from blockwright.ir.run import run
 from blockwright.passes import FuseProjections, QuantizeWeights
 from blockwright.passes.base import Calibration, Evidence, Pass, Plan, Promise, Skip
-from blockwright.passes.quantize_weights import Codes
+from blockwright.passes.shared.codes import Codes
 from blockwright.passes.shared.losses import output_mse
 from blockwright.passes.shared.recovery import Stage
 

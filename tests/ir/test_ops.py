@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blockwright.ir.ops import OPS, int8_linear, packing
+from blockwright.ir.ops.block_codes import encode_matrix
 from blockwright.ir.ops.quantized_linear import weight_of
 
 
@@ -36,7 +37,41 @@ def experts_arguments(*, gated: bool) -> tuple[Any, ...]:
     return (x, index, torch.rand(2, 2), gate_matrix, up, *biases, down, None, "silu")
 
 
+def attention_arguments(*, causal: bool) -> tuple[Any, ...]:
+    q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
+    blocks = torch.tensor([[0, 2], [1, -1], [2, 1], [-1, 0]])[None, None]
+    return (*(t.requires_grad_() for t in (q, k, v)), blocks, 2, 4, 0.3, causal)
+
+
+def coded_arguments(bits: int, *, symmetric: bool) -> tuple[Any, ...]:
+    """Weights of three experts as codes."""
+    calls = [linear_arguments(bits, symmetric=symmetric) for _ in range(3)]
+    codes, scale, zeros = zip(*(call[1:4] for call in calls), strict=True)
+    zero_point = None if symmetric else torch.stack(zeros)
+    return (torch.stack(codes), torch.stack(scale), zero_point, bits, 4, 10)
+
+
+def blocks_arguments(bits: int) -> dict[str, tuple[Any, ...]]:
+    """A call of every op on blocks, by its name."""
+    x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
+    stored, block = encode_matrix(weight, bits, (4, 3), pow2=True), [4, 3]
+    form, integer = ("int8", True) if bits == 8 else ("fp8", False)
+    return {
+        "block_round": (x, form, 4, -1 if integer else -2, integer),
+        "block_weight": (x, *stored, [5, 8], bits, block),
+        "block_embedding": (torch.tensor([[1, 4, 0]]), *stored, 8, bits, block, torch.float32),
+        "block_linear": (x, *stored, torch.randn(5), bits, block, form, 4, integer),
+        "block_matmul": (x, x.mT.contiguous(), form, form, 3, True, integer),
+        "block_activation": (x, "gelu", 4),
+        "block_softmax": (x, torch.randn(3, 8), False, 0.5),
+    }
+
+
+BLOCKS = [blocks_arguments(bits) for bits in (8, 4)]
 CALLS = {
+    **{name: [calls[name] for calls in BLOCKS] for name in BLOCKS[0]},
+    "dequantize": [coded_arguments(4, symmetric=False), coded_arguments(8, symmetric=True)],
+    "block_attention": [attention_arguments(causal=causal) for causal in (False, True)],
     "quantized_linear": [
         linear_arguments(bits, symmetric=symmetric)
         for bits in (4, 8)
@@ -45,6 +80,10 @@ CALLS = {
     "int8_linear": [
         (torch.randn(2, 3, 8), torch.ones(8, 5, dtype=torch.int8), torch.rand(5), bias)
         for bias in (None, torch.randn(5))
+    ],
+    "hash_linear": [
+        (torch.randn(2, 3, 8), torch.randn(4, 4, 5), bias, score)
+        for bias, score in ((None, "softmax"), (torch.randn(5), "l1_softmax"))
     ],
     "moe_ffn": [experts_arguments(gated=gated) for gated in (False, True)],
     "quantized_embedding": [
@@ -114,6 +153,16 @@ def test_quantized_linear_multiplies_by_the_weight() -> None:
     weight = weight_of(x.shape[-1], codes, scale, zero_point, bits, group_size)
     y = torch.ops.blockwright.quantized_linear(x, codes, scale, zero_point, bias, bits, group_size)
     torch.testing.assert_close(y, x @ weight + bias)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dequantize_turns_the_weight_of_every_expert(symmetric: bool) -> None:
+    codes, scale, zeros, *how = coded_arguments(4, symmetric=symmetric)
+    found = torch.ops.blockwright.dequantize(codes, scale, zeros, *how)
+    for expert in range(3):
+        own = None if zeros is None else zeros[expert]
+        weight = weight_of(10, codes[expert], scale[expert], own, 4, 4)
+        assert torch.equal(found[expert], weight.T)
 
 
 def test_int8_linear_is_exact_on_integers() -> None:

@@ -23,14 +23,18 @@ from blockwright.models import (
     algoformer,
     bert,
     dit,
+    dit3d,
     flux,
     gpt,
     lego,
     llama,
+    memoryformer,
     mmdit,
     pixart,
+    pt_dit,
     qwen_image,
     sd3,
+    styleswin,
     swin,
     vit,
     wan,
@@ -72,8 +76,17 @@ PUBLISHED = [
     (widenet.WideViT, widenet.WIDENET_L, 40_941_544),
     (widenet.WideViT, widenet.WIDENET_H, 63_341_800),
     (algoformer.AlgoFormer, algoformer.ALGOFORMER, 3 * 789_760 + 27_393),
+    # Not published as a whole: tables as published, and two embeddings of 50,304 tokens.
+    (memoryformer.MemoryFormer, memoryformer.MEMORYFORMER_TINY, 466_777_856),
     (lego.Lego, lego.S_PG_64, 33_750_360 - 396_288),  # without positions, as below
     (lego.Lego, lego.XL_U_32, 1_261_977_392 - 603_648),
+    (dit3d.DiT3D, dit3d.DIT3D_S4, 32_610_624),
+    (dit3d.DiT3D, dit3d.DIT3D_B4, 129_806_784),
+    (dit3d.DiT3D, dit3d.DIT3D_L4, 578_450_496),
+    (dit3d.DiT3D, dit3d.DIT3D_XL4, 674_071_104),
+    (pt_dit.PTDiT, pt_dit.PT_DIT_L, 637_698_544),
+    (styleswin.StyleSwin, styleswin.STYLESWIN_256, 48_929_491),
+    (styleswin.StyleSwin, styleswin.STYLESWIN_1024, 40_862_963),
 ]
 
 
@@ -158,13 +171,18 @@ TOYS = {
     "wide-gpt": Toy(widenet.WideGPT, widenet.TOY_GPT, ((2, 16, 32),), (3,)),
     # Only the turns of the loop follow upon each other with nothing between.
     "algoformer": Toy(algoformer.AlgoFormer, algoformer.TOY, ((2, 16, 2),), (3,)),
+    "memoryformer": Toy(memoryformer.MemoryFormer, memoryformer.TOY, ((2, 16, 32),), (3,)),
     "lego": Toy(lego.Lego, lego.TOY, ((2, 4, 8, 8),), (2, 2)),
+    "dit3d": Toy(dit3d.DiT3D, dit3d.TOY, ((2, 3, 64),), (2,)),
+    "pt-dit": Toy(pt_dit.PTDiT, pt_dit.TOY, ((2, 4, 1, 8, 8),), (2,)),
+    "styleswin": Toy(styleswin.StyleSwin, styleswin.TOY, ((2, 3, 8, 8),), (2, 2)),
 }  # fmt: skip
 PATHS = {
     **dict.fromkeys(("gpt", "llama", "bert", "vit", "dit", "sd3", "pixart", "wan"), STACK),
     "qwen-image": STACK[:2],
     # What all blocks share lies outside of each.
     **dict.fromkeys(("widenet", "wide-gpt"), ("stack", "stack#1", "stack#2")),
+    "memoryformer": STACK,
     "algoformer": ("loop.0", "loop.0#1", "loop.0#2"),
     "lego": tuple(f"bricks.{k}.blocks.{i}" for k in (0, 1) for i in (0, 1)),
     "flux": (*(f"double_{path}" for path in STACK), *(f"single_{path}" for path in STACK)),

@@ -15,16 +15,18 @@ from blockwright.driver.manager import run_passes
 from blockwright.ir.capture import capture
 from blockwright.ir.errors import NoMatchError, OptionError
 from blockwright.ir.program import Program
+from blockwright.ir.recognize import Experts
 from blockwright.ir.run import run
-from blockwright.passes import QuantizeWeights
-from blockwright.passes.quantize_weights import (
+from blockwright.passes import DenseToMoE, QuantizeWeights
+from blockwright.passes.shared.coded import (
     Int8Linear,
+    QuantizedExperts,
     QuantizedLinear,
+    experts_bound,
     int8_bound,
-    quantize,
-    quantize_rows,
     weight_only_bound,
 )
+from blockwright.passes.shared.codes import Stored, quantize, quantize_experts, quantize_rows
 
 SETTINGS = settings(derandomize=True, max_examples=60, deadline=None, database=None)
 bits_, symmetric_ = st.sampled_from([4, 8]), st.booleans()
@@ -70,8 +72,7 @@ def test_agrees_with_plain_loops(
 
 
 def layer(weight: Tensor, bits: int, group: int, symmetric: bool) -> QuantizedLinear:
-    stored = quantize(weight, bits, group, symmetric)
-    return QuantizedLinear(*stored, bias=None, bits=bits, group_size=group)
+    return QuantizedLinear(quantize(weight, bits, group, symmetric), None, bits, group)
 
 
 @SETTINGS
@@ -184,6 +185,37 @@ def test_declines(program: Program) -> None:
         "tokens": "shares its weight with another place of the model",
         "head": "shares its weight with another place of the model",
     }
+
+
+def test_experts_are_quantized_and_their_router_is_not(program: Program, tokens: Tensor) -> None:
+    experts = DenseToMoE(experts=3, active=1, importance="magnitude")
+    dense, _ = run_passes(program, [experts], [[tokens]])
+    new, (step,) = run_passes(dense, [QuantizeWeights(bits=4, group_size=4)], [[tokens]])
+    assert {"blocks.0.up_down.up", "blocks.0.up_down.down"} < set(step.receipt.changed)
+    assert step.receipt.skipped["blocks.0.up_down"].startswith("is a router")
+    assert step.certificate is not None
+    assert step.certificate.bound is not None
+    assert step.certificate.bound.checked == len(step.receipt.changed) == 24
+    assert 0 < step.certificate.bound.worst_ratio <= 1
+    old, costs = dense.cost(), step.certificate.costs
+    assert costs["parameters"].measured == old.parameters
+    assert costs["activated_parameters"].measured == old.activated_parameters
+    (region, *_), (before, *_) = new.regions(Experts), dense.regions(Experts)
+    assert before.is_dense
+    assert not region.is_dense
+    assert not any(name.endswith(("up_down.up", "up_down.down")) for name in new.tensors)
+    step_size = before.weights()["up"].abs().amax() / 7
+    assert (region.weights()["up"] - before.weights()["up"]).abs().max() <= step_size / 2
+
+
+def test_experts_keep_their_type(program: Program, tokens: Tensor) -> None:
+    weight = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    module = QuantizedExperts(quantize_experts(weight, 8, 4, True), 8, 4, 12)
+    assert module().dtype == module.scale.dtype == torch.bfloat16
+    exact = QuantizedExperts(
+        Stored(module.codes, module.scale.float(), module.zero_point), 8, 4, 12
+    )
+    assert ((exact() - weight.float()).abs() <= experts_bound(exact) * 1.001).all()
 
 
 class Lookup(nn.Module):

@@ -57,11 +57,14 @@ RECIPES: dict[str, list[Any]] = {
         bw.DropBlocks(blocks=(1,)),
         bw.DenseToMoE(experts=3, active=1),
         bw.FuseProjections(allow_no_match=True),
+        bw.QuantizeWeights(),
     ],
 }
 
 
-@pytest.mark.parametrize("model", [gpt, dit], ids=["gpt", "dit"])
+@pytest.mark.parametrize(
+    "model", [gpt, pytest.param(dit, marks=pytest.mark.slow)], ids=["gpt", "dit"]
+)
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name: str, model: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)

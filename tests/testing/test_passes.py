@@ -15,6 +15,7 @@ from blockwright.driver.calibration import example_set
 from blockwright.ir.program import Program
 from blockwright.passes import (
     Canonicalize,
+    DeltaCache,
     DenseToMoE,
     DropBlocks,
     DropIdleFeatures,
@@ -24,18 +25,31 @@ from blockwright.passes import (
     FuseBlocks,
     FuseProjections,
     HardAttention,
+    HashedLinearAttention,
+    HashLinear,
+    JointAttention,
+    KVCache,
     LinearizeStreams,
     LinearizeSublayers,
     LoopBlocks,
     MixtureOfBlocks,
+    PiecewiseAttention,
+    ProxyAttention,
     PruneAccuracyDriven,
     PruneContiguous,
     PruneHeads,
     PruneNeurons,
+    QuantizeBlockwise,
     QuantizeWeights,
+    ReuseCache,
+    SceneMaskAttention,
     ShareBlocks,
     ShareModulation,
     SkipBricks,
+    SparseGlobalAttention,
+    StripAttention,
+    TaylorCache,
+    WindowAttention,
 )
 from blockwright.passes.base import Evidence, Plan
 from blockwright.testing import pass_suite, replay
@@ -43,7 +57,7 @@ from blockwright.testing.machine import ProgramMachine
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.json"))
-EXAMPLES = 10
+EXAMPLES = 6
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -133,6 +147,21 @@ TestFuseBlocks = pass_suite(
 )
 TestFuseProjections = pass_suite(FuseProjections(), examples=EXAMPLES)
 TestHardAttention = pass_suite(HardAttention(top_k=2), refused=({"top_k": 0},), examples=EXAMPLES)
+TestHashLinear = pass_suite(
+    HashLinear(tau=2),
+    refused=({"tau": 0}, {"score": "cosine"}, {"init": "zeros"}, {"parts": ("head",)}),
+    examples=EXAMPLES,
+)
+TestHashedLinearAttention = pass_suite(
+    HashedLinearAttention(bits=4, anchors=2, neighbours=1, steps=2, dense_below=0),
+    refused=({"bits": 0}, {"anchors": 0}, {"share": "value"}, {"offset": "none"}),
+    examples=6,
+)
+TestJointAttention = pass_suite(
+    JointAttention(chunk=2, dense_below=0),
+    refused=({"chunk": 0}, {"rate": 0.0}),
+    examples=6,
+)
 TestLinearizeStreams = pass_suite(
     LinearizeStreams(), exact=LinearizeStreams(), refused=({"stream": -1},), examples=2
 )
@@ -149,6 +178,19 @@ TestMixtureOfBlocks = pass_suite(
     refused=({"group": 1}, {"active": 3}, {"alpha": -1.0}, {"noise": -1.0}, {"rate": 0.0}),
     examples=EXAMPLES,
 )
+TestPiecewiseAttention = pass_suite(
+    PiecewiseAttention(block_size=2, density=0.5, allow_no_match=True),
+    exact=PiecewiseAttention(block_size=2, density=1.0, dense_above=1.0, allow_no_match=True),
+    refused=({"density": 0.0}, {"block_size": 0}, {"order": "second"}, {"sink": 3}),
+    examples=3,
+)
+TestProxyAttention = pass_suite(
+    ProxyAttention(window=(1,), only_cheaper=False),
+    exact=ProxyAttention(allow_no_match=True),
+    idempotent=False,
+    refused=({"window": (0,)}, {"proxy": "last"}, {"prefix": -1}, {"epochs": 0}),
+    examples=4,
+)
 TestPruneAccuracyDriven = pass_suite(
     JudgedByNoise(top_k=2, group_size=3),
     idempotent=False,
@@ -163,7 +205,7 @@ TestPruneAccuracyDriven = pass_suite(
     examples=4,
 )
 TestPruneContiguous = pass_suite(
-    DetectedOnNoise(keep_ratio=0.5),
+    DetectedOnNoise(keep_ratio=0.6),
     exact=PruneContiguous(intervals=(), allow_no_match=True),
     idempotent=False,
     refused=({"keep_ratio": 0.0}, {"start": "luck"}, {"distance": "luck"}, {"length": -1.0}),
@@ -182,6 +224,18 @@ TestPruneNeurons = pass_suite(
     refused=({"keep_ratio": 1.5}, {"keep": 0}, {"importance": "luck"}, {"multiple_of": 0}),
     examples=EXAMPLES,
 )
+TestQuantizeBlockwise = pass_suite(
+    QuantizeBlockwise(),
+    exact=QuantizeBlockwise(activations=None),
+    refused=(
+        {"bits": 2},
+        {"activations": "int4"},
+        {"scale": "log"},
+        {"weight_block": (0, 1)},
+        {"lowering": "integer", "scale": "float"},
+    ),
+    examples=2,
+)
 TestQuantizeWeights = pass_suite(
     QuantizeWeights(),
     exact=QuantizeWeights(bits=4),
@@ -197,7 +251,33 @@ TestQuantizeWeights = pass_suite(
 TestQuantizeGroups = pass_suite(
     QuantizeWeights(bits=4, group_size=2, symmetric=False, embeddings=True), examples=EXAMPLES
 )
+
+
+class CalibratedOnNoise(QuantizeWeights):
+    """The pass with a calibration of its own."""
+
+    def calibrate(
+        self, old: Program, new: Program, plan: Plan, calibration: object
+    ) -> dict[str, Tensor]:
+        return super().calibrate(old, new, plan, Noise(old))
+
+
+TestQuantizeByGptq = pass_suite(
+    CalibratedOnNoise(bits=4, group_size=3, method="gptq"),
+    exact=CalibratedOnNoise(bits=4, method="gptq"),
+    levels=7,
+    refused=({"method": "best"}, {"damping": 0.0}, {"budget_bits": 4.0}),
+    examples=4,
+)
+TestQuantizeByAwq = pass_suite(CalibratedOnNoise(bits=4, method="awq"), examples=4)
 TestQuantizeActivations = pass_suite(QuantizeWeights(activations="int8"), examples=EXAMPLES)
+TestSceneMaskAttention = pass_suite(
+    SceneMaskAttention(scenes=1, rows=("10", "11")),
+    exact=SceneMaskAttention(scenes=1, allow_no_match=True),
+    idempotent=False,
+    refused=({"scenes": 0}, {"mask": "all"}, {"text": -1}, {"rows": ("1",)}),
+    examples=4,
+)
 TestShareModulation = pass_suite(
     ShareModulation(), refused=({"across": "time"}, {"epochs": 0}), examples=EXAMPLES
 )
@@ -209,6 +289,16 @@ TestSkipBricks = pass_suite(
     examples=EXAMPLES,
 )
 
+TestSparseGlobalAttention = pass_suite(
+    SparseGlobalAttention(dense_below=0),
+    refused=({"tile": 0}, {"rate": 0.0}),
+    examples=6,
+)
+TestStripAttention = pass_suite(
+    StripAttention(),
+    refused=({"reduce": 0}, {"qk_channels": 0}, {"start": "luck"}),
+    examples=6,
+)
 TestShareBlocks = pass_suite(
     ShareBlocks(start="first"),
     idempotent=False,
@@ -220,6 +310,38 @@ TestLoopBlocks = pass_suite(
     idempotent=False,
     refused=({"body": 0}, {"turns": 0}, {"start": "last"}),
     examples=EXAMPLES,
+)
+TestKVCache = pass_suite(KVCache(length=64), refused=({"length": 0},), examples=3)
+TestWindowAttention = pass_suite(
+    WindowAttention(window=(1,), shift="double"),
+    exact=WindowAttention(allow_no_match=True),
+    refused=({"window": (0,)}, {"shift": "left"}, {"every": 0}, {"prefix": -1}),
+    examples=4,
+)
+TestTaylorCache = pass_suite(
+    TaylorCache(steps=4),
+    exact=TaylorCache(steps=4, threshold=0.0),
+    refused=({"steps": 0}, {"threshold": -1.0}, {"every": 0}, {"when": "never"}, {"order": 99}),
+    examples=3,
+)
+TestTaylorCacheOfModules = pass_suite(
+    TaylorCache(steps=4, what="modules", when="interval"),
+    exact=TaylorCache(steps=4, what="modules", when="interval"),
+    idempotent=False,
+    examples=3,
+)
+TestDeltaCache = pass_suite(
+    DeltaCache(steps=4, count=1),
+    exact=DeltaCache(steps=4, count=1),
+    idempotent=False,
+    refused=({"steps": 0}, {"count": 0}, {"boundary": 9}, {"stages": "middle"}),
+    examples=3,
+)
+TestReuseCache = pass_suite(
+    ReuseCache(steps=4, when="first-block"),
+    exact=ReuseCache(steps=4, when="first-block"),
+    refused=({"steps": 0}, {"threshold": -1.0}, {"value": "noise"}),
+    examples=3,
 )
 
 TestProgramMachine = ProgramMachine.TestCase

@@ -78,7 +78,8 @@ class GivesNoReason(FuseProjections):
     """Skips without saying why."""
 
     def decide(self, region: Any) -> Any:
-        return Skip("", at=region) if len(region.linears) > 2 else super().decide(region)
+        first = "0" in region.label.split(".")
+        return Skip("", at=region) if first else super().decide(region)
 
 
 class Nested(nn.Module):
