@@ -97,13 +97,15 @@ recognition: env ## Find out what recognition finds in real models; rewrites doc
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recognition.py
 
 .PHONY: bench
-bench: env ## Measure: MiniLM against its peers, how compiling grows with depth, and what pruning and experts save.
+bench: env ## Measure: MiniLM against its peers, how compiling grows with depth, and what pruning, experts, sparse attention and caches save.
 	$(BIN)/python benchmarks/minilm.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/decode.py
 
 .PHONY: clean
 clean: ## Remove builds and caches; .venv stays.

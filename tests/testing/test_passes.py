@@ -57,7 +57,7 @@ from blockwright.testing.machine import ProgramMachine
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 FILES = sorted(CORPUS.glob("*.json"))
-EXAMPLES = 6
+EXAMPLES = 3
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -155,12 +155,12 @@ TestHashLinear = pass_suite(
 TestHashedLinearAttention = pass_suite(
     HashedLinearAttention(bits=4, anchors=2, neighbours=1, steps=2, dense_below=0),
     refused=({"bits": 0}, {"anchors": 0}, {"share": "value"}, {"offset": "none"}),
-    examples=6,
+    examples=2,
 )
 TestJointAttention = pass_suite(
     JointAttention(chunk=2, dense_below=0),
     refused=({"chunk": 0}, {"rate": 0.0}),
-    examples=6,
+    examples=2,
 )
 TestLinearizeStreams = pass_suite(
     LinearizeStreams(), exact=LinearizeStreams(), refused=({"stream": -1},), examples=2
@@ -182,14 +182,14 @@ TestPiecewiseAttention = pass_suite(
     PiecewiseAttention(block_size=2, density=0.5, allow_no_match=True),
     exact=PiecewiseAttention(block_size=2, density=1.0, dense_above=1.0, allow_no_match=True),
     refused=({"density": 0.0}, {"block_size": 0}, {"order": "second"}, {"sink": 3}),
-    examples=3,
+    examples=2,
 )
 TestProxyAttention = pass_suite(
     ProxyAttention(window=(1,), only_cheaper=False),
     exact=ProxyAttention(allow_no_match=True),
     idempotent=False,
     refused=({"window": (0,)}, {"proxy": "last"}, {"prefix": -1}, {"epochs": 0}),
-    examples=4,
+    examples=2,
 )
 TestPruneAccuracyDriven = pass_suite(
     JudgedByNoise(top_k=2, group_size=3),
@@ -202,7 +202,7 @@ TestPruneAccuracyDriven = pass_suite(
         {"order": "any"},
         {"budget": 0},
     ),
-    examples=4,
+    examples=2,
 )
 TestPruneContiguous = pass_suite(
     DetectedOnNoise(keep_ratio=0.6),
@@ -217,7 +217,7 @@ TestPruneHeads = pass_suite(
     refused=({"keep_ratio": 0.0}, {"keep": 0}, {"importance": "luck"}, {"unit": "key"}),
     examples=EXAMPLES,
 )
-TestPruneQueries = pass_suite(PruneHeads(unit="query"), idempotent=False, examples=4)
+TestPruneQueries = pass_suite(PruneHeads(unit="query"), idempotent=False, examples=2)
 TestPruneNeurons = pass_suite(
     PruneNeurons(),
     idempotent=False,
@@ -267,16 +267,16 @@ TestQuantizeByGptq = pass_suite(
     exact=CalibratedOnNoise(bits=4, method="gptq"),
     levels=7,
     refused=({"method": "best"}, {"damping": 0.0}, {"budget_bits": 4.0}),
-    examples=4,
+    examples=2,
 )
-TestQuantizeByAwq = pass_suite(CalibratedOnNoise(bits=4, method="awq"), examples=4)
+TestQuantizeByAwq = pass_suite(CalibratedOnNoise(bits=4, method="awq"), examples=2)
 TestQuantizeActivations = pass_suite(QuantizeWeights(activations="int8"), examples=EXAMPLES)
 TestSceneMaskAttention = pass_suite(
     SceneMaskAttention(scenes=1, rows=("10", "11")),
     exact=SceneMaskAttention(scenes=1, allow_no_match=True),
     idempotent=False,
     refused=({"scenes": 0}, {"mask": "all"}, {"text": -1}, {"rows": ("1",)}),
-    examples=4,
+    examples=2,
 )
 TestShareModulation = pass_suite(
     ShareModulation(), refused=({"across": "time"}, {"epochs": 0}), examples=EXAMPLES
@@ -292,12 +292,12 @@ TestSkipBricks = pass_suite(
 TestSparseGlobalAttention = pass_suite(
     SparseGlobalAttention(dense_below=0),
     refused=({"tile": 0}, {"rate": 0.0}),
-    examples=6,
+    examples=2,
 )
 TestStripAttention = pass_suite(
     StripAttention(),
     refused=({"reduce": 0}, {"qk_channels": 0}, {"start": "luck"}),
-    examples=6,
+    examples=2,
 )
 TestShareBlocks = pass_suite(
     ShareBlocks(start="first"),
@@ -311,38 +311,38 @@ TestLoopBlocks = pass_suite(
     refused=({"body": 0}, {"turns": 0}, {"start": "last"}),
     examples=EXAMPLES,
 )
-TestKVCache = pass_suite(KVCache(length=64), refused=({"length": 0},), examples=3)
+TestKVCache = pass_suite(KVCache(length=64), refused=({"length": 0},), examples=2)
 TestWindowAttention = pass_suite(
     WindowAttention(window=(1,), shift="double"),
     exact=WindowAttention(allow_no_match=True),
     refused=({"window": (0,)}, {"shift": "left"}, {"every": 0}, {"prefix": -1}),
-    examples=4,
+    examples=2,
 )
 TestTaylorCache = pass_suite(
     TaylorCache(steps=4),
     exact=TaylorCache(steps=4, threshold=0.0),
     refused=({"steps": 0}, {"threshold": -1.0}, {"every": 0}, {"when": "never"}, {"order": 99}),
-    examples=3,
+    examples=2,
 )
 TestTaylorCacheOfModules = pass_suite(
     TaylorCache(steps=4, what="modules", when="interval"),
     exact=TaylorCache(steps=4, what="modules", when="interval"),
     idempotent=False,
-    examples=3,
+    examples=2,
 )
 TestDeltaCache = pass_suite(
     DeltaCache(steps=4, count=1),
     exact=DeltaCache(steps=4, count=1),
     idempotent=False,
     refused=({"steps": 0}, {"count": 0}, {"boundary": 9}, {"stages": "middle"}),
-    examples=3,
+    examples=2,
 )
 TestReuseCache = pass_suite(
     ReuseCache(steps=4, when="first-block"),
     exact=ReuseCache(steps=4, when="first-block"),
     refused=({"steps": 0}, {"threshold": -1.0}, {"value": "noise"}),
-    examples=3,
+    examples=2,
 )
 
 TestProgramMachine = ProgramMachine.TestCase
-TestProgramMachine.settings = settings(settings.get_profile("ci"), max_examples=6)
+TestProgramMachine.settings = settings(settings.get_profile("ci"), max_examples=2)
